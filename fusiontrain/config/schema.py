@@ -1,0 +1,173 @@
+"""The configuration: frozen, complete, and dumb. It holds values and checks them; it builds nothing.
+
+Every field has its unit in its name where it has one. Unknown keys are refused. Checks that need more than one section
+live in `validate.py`; loading, merging and error sentences live in `load.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    dir: str = Field("runs/default", description="run folder: config, metrics, checkpoints, samples, logs")
+
+
+class ImageModelConfig(Section):
+    patcher: Literal["linear", "unet"] = Field("unet", description="how patches enter and leave the transformer")
+    unet_channels: int = Field(128, ge=8, description="width of the U-Net's convolutions")
+    unet_blocks: int = Field(1, ge=1, description="residual blocks in each half of the U-Net")
+    position_embedding: Literal["none", "sincos2d"] = Field(
+        "none", description="none: rotary positions only, as Transfusion; sincos2d: add a fixed table of row and column"
+    )
+    vae: str | None = Field(None, description="diffusers AutoencoderKL folder: pixels are encoded to latents on the device")
+
+
+class ModelConfig(Section):
+    recipe: Literal["dense", "transfusion", "lmfusion"] = Field(..., description="which weights are per modality and what is frozen")
+    base: str | None = Field(None, description="Hugging Face Llama folder to start from; lmfusion needs one")
+    separation: Literal["dense", "shallow", "deep"] = Field(
+        "deep", description="lmfusion: what is per modality: nothing, FFN and its norm, or attention too (the paper's choice)"
+    )
+    freeze_text: bool = Field(True, description="lmfusion: text weights keep the base's values (learning-rate ratio 0)")
+    # The shape of a model without a base. With a base these come from its config.json and must stay unset.
+    dim: int | None = Field(None, ge=8)
+    num_layers: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1)
+    num_kv_heads: int | None = Field(None, ge=1, description="default: num_heads")
+    head_dim: int | None = Field(None, ge=2, description="default: dim / num_heads")
+    ffn_dim: int | None = Field(None, ge=8)
+    rope_theta: float | None = Field(None, gt=0, description="default 10000")
+    norm_eps: float | None = Field(None, gt=0, description="default 1e-5")
+    tie_embeddings: bool | None = Field(None, description="default false")
+    image: ImageModelConfig = ImageModelConfig()
+
+
+class SourceConfig(Section):
+    path: str = Field(..., description="a tar, a folder of tars, a glob, or a brace range such as shard-{000..015}.tar")
+    weight: float = Field(1.0, gt=0, description="share of documents relative to the other sources")
+    format: Literal["auto", "interleaved", "captions"] = "auto"
+    image_first_probability: float = Field(
+        0.2, ge=0, le=1, description="caption pairs only: share shown as image then caption (Transfusion 4.1: 0.2)"
+    )
+
+
+class TokenizerConfig(Section):
+    path: str | None = Field(None, description="folder or tokenizer.json; 'bytes' for the built-in; default: the model's base folder")
+    begin_image_token: str = Field("<|image|>", description="token text of BOI, which must be in the vocabulary")
+    end_image_token: str = Field("<|/image|>", description="token text of EOI")
+    begin_text_token: str | None = Field("<|begin_of_text|>", description="put before every document; null for none")
+    end_text_token: str = Field("<|end_of_text|>", description="put after every document")
+
+
+class ImageDataConfig(Section):
+    size: int = Field(256, ge=4, description="images are centre-cropped and resized to size x size pixels")
+    patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
+    representation: Literal["pixels", "latents"] = Field("pixels", description="latents: .latent.npy members [C, H, W]")
+    channels: int = Field(3, ge=1, description="3 for pixels; the latent's channels otherwise")
+    image_first_noise_cap: float = Field(
+        0.5, ge=0, le=1, description="largest noise level of an image that opens its document (Transfusion T8); 0 = clean, no image loss"
+    )
+
+
+class DataConfig(Section):
+    sources: tuple[SourceConfig, ...] = Field(..., min_length=1)
+    validation_sources: tuple[SourceConfig, ...] = ()
+    modalities: tuple[Literal["text", "image"], ...] = Field(
+        ("text", "image"), description="('text',) drops the pictures and keeps their BOI and EOI markers"
+    )
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    image: ImageDataConfig = ImageDataConfig()
+    sequence_length: int = Field(4096, ge=8, description="token budget of a packed sequence")
+    condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of text-then-image documents whose text is dropped, for guidance")
+    document_mask: bool = Field(True, description="tokens see their own document only")
+    oversize: Literal["truncate", "drop"] = Field("truncate", description="documents longer than sequence_length")
+    pack_window_documents: int = Field(1024, ge=1, description="documents that are packed together, best fit decreasing")
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="stop when more than this share of documents is unreadable")
+    num_workers: int = Field(1, ge=0, description="threads that build batches ahead; 0 builds them in the training loop")
+    prefetch_batches: int = Field(4, ge=1)
+
+
+class ObjectiveConfig(Section):
+    text_weight: float = Field(1.0, ge=0)
+    image_weight: float = Field(5.0, ge=0, description="lambda of Transfusion 4.1")
+    image: Literal["ddpm", "flow_matching"] = Field("ddpm", description="ddpm: predict the noise, cosine schedule (the papers); flow_matching: predict the velocity")
+    num_timesteps: int = Field(1000, ge=2, description="ddpm: steps of the noise schedule")
+    time_shift: float = Field(1.0, gt=0, description="flow_matching: s in t' = s t / (1 + (s - 1) t); > 1 trains more on high noise")
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(1e-4, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; norms, biases and embeddings have none")
+    warmup_steps: int = Field(4000, ge=0)
+    final_learning_rate: float = Field(1.5e-5, ge=0, description="end of the cosine")
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the trainable weights used for evaluation and sampling; null for none")
+
+
+class TrainConfig(Section):
+    steps: int = Field(..., ge=1)
+    global_batch_sequences: int = Field(..., ge=1, description="packed sequences per optimizer step, over all ranks")
+    micro_batch_sequences: int | None = Field(None, ge=1, description="per rank and forward; default: all of a rank's share at once")
+    log_every_steps: int = Field(10, ge=1, description="how often a line is printed and TensorBoard written; metrics.jsonl has every step")
+    threads: int | None = Field(None, ge=1, description="CPU threads per process; default: cores / local processes")
+
+
+class ParallelConfig(Section):
+    engine: Literal["fsdp"] = "fsdp"
+    dp_replicate: int = Field(1, ge=1)
+    dp_shard: int = Field(-1, description="-1: all remaining ranks")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; parameters and reductions are float32")
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = False
+    timeout_seconds: int = Field(300, ge=1, description="a collective that takes longer ends the run")
+
+
+class KernelsConfig(Section):
+    impl: Literal["auto", "reference", "chunked"] = Field(
+        "auto", description="attention: reference = dense mask, the specification; chunked = query chunks over their key ranges"
+    )
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(3, ge=1)
+    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; none; or a checkpoint folder")
+
+
+class EvaluateConfig(Section):
+    every_steps: int = Field(1000, ge=1)
+    batches: int = Field(8, ge=1, description="global batches of the validation sources, always the same ones")
+
+
+class SampleConfig(Section):
+    every_steps: int = Field(1000, ge=1)
+    prompts: tuple[str, ...] = ()
+    steps: int = Field(250, ge=1, description="denoising steps")
+    guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 = none")
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0, description="of text; 0 = most likely token")
+
+
+class Config(Section):
+    seed: int = Field(0, ge=0)
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    sample: SampleConfig = SampleConfig()
