@@ -37,6 +37,7 @@ class ModelConfig(Section):
     )
     freeze_text: bool = Field(True, description="lmfusion: text weights keep the base's values (learning-rate ratio 0)")
     # The shape of a model without a base. With a base these come from its config.json and must stay unset.
+    vocab_size: int | None = Field(None, ge=8)
     dim: int | None = Field(None, ge=8)
     num_layers: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
@@ -111,7 +112,6 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(4000, ge=0)
     final_learning_rate: float = Field(1.5e-5, ge=0, description="end of the cosine")
     clip_norm: float = Field(1.0, gt=0)
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the trainable weights used for evaluation and sampling; null for none")
 
 
 class TrainConfig(Section):
