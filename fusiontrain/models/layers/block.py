@@ -1,0 +1,28 @@
+"""The transformer block that every recipe is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fusiontrain.models.layers.attention import Attend, Attention, Layout
+from fusiontrain.models.layers.feed_forward import FeedForward
+from fusiontrain.models.layers.untied import UntiedRMSNorm
+from fusiontrain.models.recipes.recipe import Recipe
+from fusiontrain.models.shape import ModelShape
+
+
+class Block(nn.Module):
+    """Pre-norm, as Llama: x + attention(norm(x)), then x + feed_forward(norm(x)). x [T, D] -> [T, D]."""
+
+    def __init__(self, shape: ModelShape, recipe: Recipe) -> None:
+        super().__init__()
+        self.attention_norm = UntiedRMSNorm(recipe.attention, shape.dim, shape.norm_eps)
+        self.attention = Attention(recipe.attention, shape.dim, shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        self.feed_forward_norm = UntiedRMSNorm(recipe.feed_forward, shape.dim, shape.norm_eps)
+        self.feed_forward = FeedForward(recipe.feed_forward, shape.dim, shape.ffn_dim)
+
+    def forward(self, x: torch.Tensor, layout: Layout, attend: Attend) -> torch.Tensor:
+        bounds = layout.modality_bounds
+        x = x + self.attention(self.attention_norm(x, bounds), layout, attend)
+        return x + self.feed_forward(self.feed_forward_norm(x, bounds), bounds)

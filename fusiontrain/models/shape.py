@@ -1,0 +1,50 @@
+"""The size of a transformer: what a Llama `config.json` says, or the model section of a config without a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusiontrain.config.schema import ModelConfig
+from fusiontrain.models.layers.rope import RopeScaling
+from fusiontrain.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All sizes in numbers of features, heads, layers and tokens."""
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+
+
+def shape_from_config(model: ModelConfig) -> ModelShape:
+    """The shape of a model that starts from random weights.
+
+    Raises UserError naming the sizes that are missing.
+    """
+    needed = ("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim")
+    missing = [name for name in needed if getattr(model, name) is None]
+    if missing:
+        raise UserError(f"model: without model.base these sizes must be given: {', '.join('model.' + name for name in missing)}")
+    assert model.vocab_size and model.dim and model.num_layers and model.num_heads and model.ffn_dim
+    return ModelShape(
+        vocab_size=model.vocab_size,
+        dim=model.dim,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim or model.dim // model.num_heads,
+        ffn_dim=model.ffn_dim,
+        rope_theta=model.rope_theta or 10_000.0,
+        norm_eps=model.norm_eps or 1e-5,
+        tie_embeddings=bool(model.tie_embeddings),
+    )
