@@ -1,0 +1,39 @@
+"""Everything that is done to a model from outside, in the one order in which it works."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fusiontrain.config.schema import ParallelConfig
+from fusiontrain.models.plan import ModelPlan
+from fusiontrain.parallel.activation import clean_name, recompute_activations
+from fusiontrain.parallel.compile import compile_units
+from fusiontrain.parallel.fsdp import shard
+
+
+def parallelize(
+    model: nn.Module, plan: ModelPlan, parallel: ParallelConfig, mesh: DeviceMesh | None, device: torch.device
+) -> dict[str, nn.Parameter]:
+    """Freeze, move, wrap and shard `model` in place, and return its parameters by the names the model gave them.
+
+    The returned parameters are the ones an optimizer and a checkpoint hold: with a mesh they are DTensors, which stay the same
+    objects while FSDP swaps gathered weights in and out of the modules. Where weights are tied, the first name stands for all.
+    """
+    freeze(model, plan.frozen)  # first: the plan names parameters, and every later line renames or replaces them
+    model.to(device)
+    if parallel.activation_checkpointing == "full":
+        recompute_activations(model, plan.recompute)  # before compile, which must see the recomputed region as one graph
+    if parallel.compile:
+        compile_units(model, plan.shard_units)
+    if mesh is not None:
+        shard(model, plan, mesh, parallel.precision)  # last: it takes over the parameters that the others left in place
+    return {clean_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def freeze(model: nn.Module, frozen: tuple[str, ...]) -> None:
+    """Stop gradients of the named parameters; KeyError where the model has no parameter of that name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in frozen:
+        parameters[name].requires_grad_(False)

@@ -1,0 +1,59 @@
+"""Numbers over all ranks. Every function is a plain pass-through where there is no process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def sum_integers(values: Sequence[int]) -> list[int]:
+    """Each value summed over all ranks (host numbers, exact up to 2**63)."""
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_floats(values: Sequence[float]) -> list[list[float]]:
+    """The values of every rank, [world_size][len(values)] float64 host numbers in order of rank."""
+    if not dist.is_initialized():
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return [row.tolist() for row in rows]
+
+
+def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over all ranks in place, on its device; the device is not waited for."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The (picklable) value of every rank, in order of rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's (picklable) value on every rank."""
+    if not dist.is_initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
