@@ -1,0 +1,3 @@
+from fusiontrain.models.build import build_model
+
+__all__ = ["build_model"]

@@ -1,0 +1,71 @@
+"""From a configuration to a model: the one place in `models/` that names recipes and objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from fusiontrain.config.schema import Config, ModelConfig
+from fusiontrain.models.fusion import FusionModel
+from fusiontrain.models.hf import load_llama, read_llama_shape
+from fusiontrain.models.init import init_weights
+from fusiontrain.models.modalities.image import LinearPatcher
+from fusiontrain.models.modalities.unet import UNetPatcher
+from fusiontrain.models.modalities.vae import LatentCodec
+from fusiontrain.models.recipes.dense import dense
+from fusiontrain.models.recipes.lmfusion import lmfusion
+from fusiontrain.models.recipes.recipe import Recipe
+from fusiontrain.models.recipes.transfusion import transfusion
+from fusiontrain.models.shape import shape_from_config
+from fusiontrain.objectives.ddpm import Ddpm
+from fusiontrain.objectives.flow_matching import FlowMatching
+from fusiontrain.objectives.next_token import NextToken
+
+RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {"dense": dense, "transfusion": transfusion, "lmfusion": lmfusion}
+
+
+def build_model(config: Config) -> FusionModel:
+    """The model of `config` on the CPU in float32: random weights keyed by `seed`, then the base's weights where there is a base.
+
+    Frozen parameters have `requires_grad` off. Raises UserError for a base that is not a Llama folder.
+    """
+    shape = read_llama_shape(config.model.base) if config.model.base else shape_from_config(config.model)
+    recipe = RECIPES[config.model.recipe](config.model)
+    image: nn.Module | None = None
+    image_objective, codec, channels = None, None, 0
+    if "image" in config.data.modalities:
+        codec = LatentCodec(config.model.image.vae) if config.model.image.vae and config.data.image.representation == "pixels" else None
+        patch_dim = config.data.image.channels * config.data.image.patch_size**2
+        patch_dim, channels = (codec.latent_patch_dim(patch_dim), codec.channels) if codec else (patch_dim, config.data.image.channels)
+        image = _patcher(config, patch_dim, channels, shape.dim)
+        image_objective = _image_objective(config)
+    model = FusionModel(
+        shape,
+        recipe,
+        text_objective=NextToken(),
+        image=image,
+        image_objective=image_objective,
+        image_channels=channels,
+        codec=codec,
+        attention_impl=config.kernels.impl,
+    )
+    init_weights(model, config.seed, shape.num_layers)
+    if config.model.base:
+        load_llama(model, config.model.base)
+    for name in model.plan().frozen:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def _patcher(config: Config, patch_dim: int, channels: int, dim: int) -> nn.Module:
+    image = config.model.image
+    if image.patcher == "unet":
+        return UNetPatcher(patch_dim, channels, dim, image.unet_channels, image.unet_blocks, image.position_embedding)
+    return LinearPatcher(patch_dim, dim, image.position_embedding)
+
+
+def _image_objective(config: Config) -> Ddpm | FlowMatching:
+    if config.objective.image == "ddpm":
+        return Ddpm(config.objective.num_timesteps)
+    return FlowMatching(config.objective.time_shift)

@@ -1,0 +1,58 @@
+"""Exact FLOPs of a training step, from the model and the batch: what is computed, no more.
+
+A multiply-add is two FLOPs. Counted are matrix products and convolutions: each costs one product forward, one more where the gradient
+of its input is needed and one more where its weight trains. Attention is counted on the pairs the mask allows, the LM head on labelled
+rows, nothing on padding. The usual 6ND would bill frozen weights for gradients and image patches for the LM head.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusiontrain.modality import IMAGE, MODALITIES, TEXT
+from fusiontrain.models.fusion import FusionModel
+from fusiontrain.models.layers.untied import UntiedLinear
+from fusiontrain.types import PADDING_DOC_ID, Batch
+
+
+def count_flops(model: FusionModel, batch: Batch) -> dict[str, int]:
+    """FLOPs of one forward and backward over `batch` (on the CPU), by modality of the rows, and `attention` for the softmax part."""
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    flops = {modality.name: batch.token_counts[modality.name] * _flops_per_row(model, modality.id, trains) for modality in MODALITIES}
+    head = model.text.head_weight
+    flops[TEXT.name] += 2 * batch.target_counts.get(TEXT.name, 0) * head.numel() * (1 + trains + head.requires_grad)
+    if model.image is not None:
+        for grid in batch.payloads[IMAGE.name].grids:
+            first, others = model.image.macs_per_image(grid)
+            flops[IMAGE.name] += 2 * (2 * first + 3 * others)
+    pairs = allowed_pairs(batch)
+    products = 2 + 4 * trains  # scores and values; backward: gradients of values, probabilities, queries, keys
+    flops["attention"] = 2 * products * pairs * model.shape.num_heads * model.shape.head_dim * model.shape.num_layers
+    return flops
+
+
+def allowed_pairs(batch: Batch) -> int:
+    """Query-key pairs that the mask allows, padding left out."""
+    lengths = (batch.key_ranges[..., 1] - batch.key_ranges[..., 0]).sum(dim=1, dtype=torch.int64)
+    return int(lengths[batch.doc_ids != PADDING_DOC_ID].sum())
+
+
+def _flops_per_row(model: FusionModel, modality: int, trains: bool) -> int:
+    """FLOPs of the blocks' projections for one row of a modality."""
+    total = 0
+    for module in model.blocks.modules():
+        if isinstance(module, UntiedLinear):
+            weight = module[module.groups[modality]].weight
+            total += 2 * weight.numel() * (1 + trains + weight.requires_grad)
+    return total
+
+
+def num_parameters(model: FusionModel) -> dict[str, int]:
+    """Parameters in all, trainable ones, and those that image tokens alone use."""
+    sizes = [(name, parameter.numel(), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    image = {name for name, _, _ in sizes if name.startswith("image.") or f".{IMAGE.name}." in name}
+    return {
+        "total": sum(size for _, size, _ in sizes),
+        "trainable": sum(size for _, size, trains in sizes if trains),
+        IMAGE.name: sum(size for name, size, _ in sizes if name in image),
+    }
