@@ -1,0 +1,108 @@
+"""One optimizer step: the same loss and gradient however its samples are spread over ranks and micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fusiontrain.modality import MODALITY_NAMES
+from fusiontrain.parallel.fsdp import set_gradient_sync
+from fusiontrain.parallel.reduce import sum_integers, sum_tensor
+from fusiontrain.types import Batch, LossTerm
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Host numbers of one optimizer step over all ranks and micro-batches, by modality; flops are forward plus backward."""
+
+    targets: dict[str, int]
+    tokens: dict[str, int]
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses are means over the global count, before weighting: NaN where the step has no target of that kind."""
+
+    loss: float
+    losses: dict[str, float]
+    grad_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def global_counts(micro_batches: Sequence[Batch], flops: int = 0) -> StepCounts:
+    """Targets and tokens of the whole step in one all-reduce of host numbers; `flops` are this rank's."""
+    targets = [sum(batch.target_counts.get(name, 0) for batch in micro_batches) for name in MODALITY_NAMES]
+    tokens = [sum(batch.token_counts.get(name, 0) for batch in micro_batches) for name in MODALITY_NAMES]
+    *summed, all_flops = sum_integers([*targets, *tokens, flops])
+    middle = len(MODALITY_NAMES)
+    return StepCounts(
+        dict(zip(MODALITY_NAMES, summed[:middle], strict=True)),
+        dict(zip(MODALITY_NAMES, summed[middle:], strict=True)),
+        all_flops,
+    )
+
+
+def weighted_loss(terms: Mapping[str, LossTerm], weights: Mapping[str, float], targets: Mapping[str, int]) -> torch.Tensor:
+    """Sum over objectives of weight * sum / global count (float32 scalar): this micro-batch's part of the step's loss."""
+    return torch.stack([weights[name] * term.sum / max(targets[name], 1) for name, term in terms.items()]).sum()
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    weights: Mapping[str, float],
+    targets: Mapping[str, int],
+    world_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Forward and backward of every micro-batch; returns this rank's loss sums, [modalities] float64 on the device.
+
+    Gradients are communicated once, with the last micro-batch. FSDP averages them over ranks, hence the factor `world_size`.
+    """
+    sums = torch.zeros(len(MODALITY_NAMES), dtype=torch.float64, device=device)
+    for index, batch in enumerate(micro_batches):
+        set_gradient_sync(model, index == len(micro_batches) - 1)
+        terms = model(batch.to(device))
+        (weighted_loss(terms, weights, targets) * world_size).backward()
+        for name, term in terms.items():
+            sums[MODALITY_NAMES.index(name)] += term.sum.detach()
+    return sums
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    counts: StepCounts,
+    weights: Mapping[str, float],
+    clip_norm: float,
+    world_size: int,
+    device: torch.device,
+) -> StepResult:
+    """Forward, backward, clip, and an optimizer step unless the loss or the gradient norm is not finite (then nothing changes).
+
+    All ranks see the same loss and norm, so all take the same decision. The host waits for the device once, to read them.
+    """
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    sums = accumulate_gradients(model, micro_batches, weights, counts.targets, world_size, device)
+    norm = torch.nn.utils.clip_grad_norm_(trainable, clip_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    *totals, grad_norm = torch.cat([sum_tensor(sums), norm.double().reshape(1)]).tolist()
+    losses = {
+        name: total / counts.targets[name] if counts.targets[name] else math.nan
+        for name, total in zip(MODALITY_NAMES, totals, strict=True)
+    }
+    loss = sum(weights[name] * losses[name] for name in MODALITY_NAMES if counts.targets[name])
+    result = StepResult(loss, losses, grad_norm)
+    if result.finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result
