@@ -1,0 +1,163 @@
+"""`fusiontrain doctor`: is this machine fit, and if not, what to do. One line per check."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from fusiontrain.cli.common import add_json_argument, print_json, print_table
+
+MINIMUM_PYTHON, MINIMUM_TORCH = (3, 11), (2, 11)
+GIB = 1024**3
+ENOUGH_MEMORY_GIB, ENOUGH_SHARED_MEMORY_GIB, ENOUGH_DISK_GIB = 6, 1, 5
+
+NEEDED = ("transformers", "webdataset", "tensorboard", "pydantic", "omegaconf", "pillow", "numpy", "safetensors", "tokenizers", "rich")
+OPTIONAL = {
+    "triton": "GPU kernels; comes with a CUDA build of torch",
+    "diffusers": "pixels to latents by a VAE; pip install 'fusiontrain[vae]'",
+    "deepspeed": "the ZeRO engine; pip install 'fusiontrain[deepspeed]'",
+    "boto3": "shards on S3; pip install 'fusiontrain[s3]'",
+}
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `detail` says what was found and, unless the status is ok, what to do."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `doctor` to the program's subparsers."""
+    add_json_argument(subparsers.add_parser("doctor", help="check this machine and say what to do"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0, or 1 if a check failed."""
+    checks = list(examine())
+    if args.json:
+        print_json({"ok": all(check.status != "fail" for check in checks), "checks": [asdict(check) for check in checks]})
+    else:
+        print_table((check.status, check.name, check.detail) for check in checks)
+    return int(any(check.status == "fail" for check in checks))
+
+
+def examine() -> Iterator[Check]:
+    """Every check in turn. A check that breaks is reported as failed, and the others still run."""
+    checks: tuple[Callable[[], Iterator[Check]], ...] = (_python, _packages, _torch, _communication, _machine, _folder)
+    for check in checks:
+        try:
+            yield from check()
+        except Exception as error:
+            # Here the error is the finding: an unloadable library may raise anything.
+            yield Check(check.__name__.strip("_"), "fail", f"{type(error).__name__}: {error}; reinstall it")
+
+
+def _python() -> Iterator[Check]:
+    good = sys.version_info >= MINIMUM_PYTHON
+    wanted = ".".join(map(str, MINIMUM_PYTHON))
+    yield Check("python", "ok" if good else "fail", platform.python_version() + ("" if good else f"; use {wanted} or newer"))
+
+
+def _packages() -> Iterator[Check]:
+    missing = [name for name in NEEDED if not _installed(name)]
+    if missing:
+        yield Check("packages", "fail", f"missing: {', '.join(missing)}; run make setup")
+    else:
+        yield Check("packages", "ok", ", ".join(f"{name} {_installed(name)}" for name in NEEDED))
+    for name, use in OPTIONAL.items():
+        yield Check(name, "ok" if _installed(name) else "warn", _installed(name) or f"not installed ({use})")
+    if _shadowed():
+        yield Check("kernels", "fail", "a folder called 'kernels' with an __init__.py hides the package of that name; rename or leave it")
+
+
+def _torch() -> Iterator[Check]:
+    import torch
+
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
+    wanted = ".".join(map(str, MINIMUM_TORCH))
+    yield Check("torch", "ok" if found >= MINIMUM_TORCH else "fail", torch.__version__ + ("" if found >= MINIMUM_TORCH else f"; use {wanted} or newer"))
+    if not torch.cuda.is_available():
+        yield Check("devices", "ok", "CPU only" if torch.version.cuda is None else "CPU only; torch has CUDA but finds no GPU: check nvidia-smi")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        good = torch.cuda.is_bf16_supported()
+        detail = f"{device.name}, {device.total_memory / GIB:.0f} GiB, compute capability {device.major}.{device.minor}"
+        yield Check(f"cuda:{index}", "ok" if good else "warn", detail + ("" if good else "; no bfloat16: set parallel.precision=float32"))
+
+
+def _communication() -> Iterator[Check]:
+    import torch
+    from torch import distributed
+
+    gloo = distributed.is_available() and distributed.is_gloo_available()
+    yield Check("gloo", "ok" if gloo else "fail", "available" if gloo else "not in this torch; install a build with distributed")
+    if torch.cuda.is_available():
+        nccl = distributed.is_nccl_available()
+        yield Check("nccl", "ok" if nccl else "fail", "available" if nccl else "not in this torch; install a CUDA build")
+
+
+def _machine() -> Iterator[Check]:
+    yield Check("cores", "ok", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    memory = _memory_gib()
+    if memory is not None:
+        enough = memory >= ENOUGH_MEMORY_GIB
+        yield Check("memory", "ok" if enough else "warn", f"{memory:.1f} GiB" + ("" if enough else f"; the demo wants {ENOUGH_MEMORY_GIB}"))
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free / GIB
+        enough = free >= ENOUGH_SHARED_MEMORY_GIB
+        advice = "" if enough else "; in a container give it more with --shm-size=8g"
+        yield Check("/dev/shm", "ok" if enough else "warn", f"{free:.1f} GiB free{advice}")
+
+
+def _folder() -> Iterator[Check]:
+    here = Path.cwd()
+    try:
+        with tempfile.TemporaryFile(dir=here):
+            pass
+    except OSError as error:
+        yield Check("folder", "fail", f"{here} cannot be written ({error.strerror}); change to another or set run.dir")
+        return
+    free = shutil.disk_usage(here).free / GIB
+    enough = free >= ENOUGH_DISK_GIB
+    yield Check("folder", "ok" if enough else "warn", f"{here} is writable, {free:.0f} GiB free" + ("" if enough else "; checkpoints need more"))
+
+
+def _installed(name: str) -> str:
+    """The version of a package, or '' if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _shadowed() -> bool:
+    spec = importlib.util.find_spec("kernels")
+    return bool(spec and spec.origin and Path(spec.origin).parent == Path.cwd() / "kernels")
+
+
+def _memory_gib() -> float | None:
+    """Memory that this process may use: the container's limit where there is one, else the machine's."""
+    limits = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(limit).read_text().strip() if Path(limit).is_file() else ""
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits) / GIB if limits else None

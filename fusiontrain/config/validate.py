@@ -1,0 +1,185 @@
+"""Checks that need more than one section of a configuration, all reported at once.
+
+`cross_section_problems` looks at the values alone. `file_problems` looks at the disk, so it is for the moment before a run, when the
+files must be there; a configuration can be checked without it on a machine that has none of them.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fusiontrain.config.schema import Config, SourceConfig
+
+SHAPE_FIELDS = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "rope_theta", "norm_eps", "tie_embeddings")
+"""What a base model's config.json says, so what must stay unset beside `model.base`."""
+
+NEEDED_SHAPE_FIELDS = ("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim")
+PIXEL_CHANNELS = 3
+MARKER_TOKENS = 4
+"""Begin and end of text, begin and end of image: what a document with one picture needs besides its patches."""
+
+BUILT_IN_TOKENIZER = "bytes"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: the dotted key and a sentence that says what was given, what was expected and what to do."""
+
+    key: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.sentence}"
+
+
+def cross_section_problems(config: Config) -> list[Problem]:
+    """Everything that is wrong with the values together; needs no disk."""
+    checks = (_base, _shape, _modalities, _images, _batch, _optimizer, _sampling)
+    return [problem for check in checks for problem in check(config)]
+
+
+def file_problems(config: Config) -> list[Problem]:
+    """Everything that the configuration names and the disk lacks."""
+    return list(_missing_files(config))
+
+
+def uses_images(config: Config) -> bool:
+    """Whether pictures reach the model."""
+    return "image" in config.data.modalities
+
+
+def image_tokens(config: Config) -> int | None:
+    """Patches of one picture, or None where they depend on the files (latents made ahead of time)."""
+    image = config.data.image
+    return (image.size // image.patch_size) ** 2 if image.representation == "pixels" else None
+
+
+def _base(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.recipe == "lmfusion" and model.base is None:
+        yield Problem("model.base", "is not set, but the lmfusion recipe starts from a Llama; give its Hugging Face folder")
+    if model.base is None and config.data.tokenizer.path is None:
+        yield Problem("data.tokenizer.path", f"is not set and there is no model.base to take it from; give a folder or '{BUILT_IN_TOKENIZER}'")
+
+
+def _shape(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.base is not None:
+        for name in SHAPE_FIELDS:
+            if getattr(model, name) is not None:
+                yield Problem(f"model.{name}", "is given, but comes from the config.json in model.base; set it to null")
+        return
+    for name in NEEDED_SHAPE_FIELDS if model.recipe != "lmfusion" else ():
+        if getattr(model, name) is None:
+            yield Problem(f"model.{name}", "is not set; a model without model.base needs it")
+    if model.dim and model.num_heads and model.head_dim is None and model.dim % model.num_heads:
+        yield Problem("model.dim", f"{model.dim} is no multiple of model.num_heads={model.num_heads}; change one or give model.head_dim")
+    if model.num_heads and model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        yield Problem("model.num_kv_heads", f"{model.num_kv_heads} does not divide model.num_heads={model.num_heads}")
+    head_dim = model.head_dim or (model.dim or 0) // (model.num_heads or 1)
+    if head_dim % 2:
+        yield Problem("model.head_dim", f"{head_dim} is odd; rotary positions turn pairs of features, so it must be even")
+
+
+def _modalities(config: Config) -> Iterator[Problem]:
+    modalities, recipe = config.data.modalities, config.model.recipe
+    wanted = ("text",) if recipe == "dense" else ("text", "image")
+    if tuple(modalities) != wanted:
+        yield Problem("data.modalities", f"is {list(modalities)}, but the {recipe} recipe needs {list(wanted)}")
+
+
+def _images(config: Config) -> Iterator[Problem]:
+    if not uses_images(config):
+        return
+    image, length = config.data.image, config.data.sequence_length
+    if image.size % image.patch_size:
+        yield Problem("data.image.size", f"{image.size} is no multiple of data.image.patch_size={image.patch_size}")
+    if image.representation == "pixels" and image.channels != PIXEL_CHANNELS:
+        yield Problem("data.image.channels", f"is {image.channels}, but pixels have {PIXEL_CHANNELS}; use latents or set it to {PIXEL_CHANNELS}")
+    tokens = image_tokens(config)
+    if tokens is not None and length < tokens + MARKER_TOKENS:
+        yield Problem(
+            "data.sequence_length", f"{length} does not hold one picture of {tokens} patches and its {MARKER_TOKENS} marker tokens; "
+            "raise it or data.image.patch_size"
+        )  # fmt: skip
+    patcher = config.model.image
+    if patcher.patcher == "unet" and patcher.unet_channels % 8:
+        yield Problem("model.image.unet_channels", f"{patcher.unet_channels} is no multiple of 8, the number of its normalisation groups")
+    if config.objective.text_weight == 0 and config.objective.image_weight == 0:
+        yield Problem("objective", "text_weight and image_weight are both 0, so there is nothing to learn")
+
+
+def _batch(config: Config) -> Iterator[Problem]:
+    """What can be said of the batch without the number of ranks, and more where `dp_shard` fixes that."""
+    train, parallel = config.train, config.parallel
+    batch, micro = train.global_batch_sequences, train.micro_batch_sequences or 1
+    if parallel.dp_shard < 1 and parallel.dp_shard != -1:
+        yield Problem("parallel.dp_shard", f"given {parallel.dp_shard}, expected a whole number >= 1, or -1 for all remaining ranks")
+        return
+    ranks = parallel.dp_replicate * max(parallel.dp_shard, 1)
+    if batch % (ranks * micro) == 0:
+        return
+    parts = [
+        f"{name}={number}"
+        for name, number in (
+            ("train.micro_batch_sequences", micro),
+            ("parallel.dp_replicate", parallel.dp_replicate),
+            ("parallel.dp_shard", parallel.dp_shard),
+        )
+        if number > 1
+    ]
+    yield Problem("train.global_batch_sequences", f"{batch} is no multiple of {' x '.join(parts)}")
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps > steps:
+        yield Problem("optimizer.warmup_steps", f"{optimizer.warmup_steps} is more than train.steps={steps}; lower it")
+    if optimizer.final_learning_rate > optimizer.learning_rate:
+        yield Problem(
+            "optimizer.final_learning_rate",
+            f"{optimizer.final_learning_rate:g} is above optimizer.learning_rate={optimizer.learning_rate:g}, where the cosine starts",
+        )
+
+
+def _sampling(config: Config) -> Iterator[Problem]:
+    sample, objective = config.sample, config.objective
+    for index, prompt in enumerate(sample.prompts):
+        if not prompt.strip():
+            yield Problem(f"sample.prompts.{index}", "is empty; write a prompt or take it out")
+    if not uses_images(config):
+        return
+    if objective.image == "ddpm" and sample.steps > objective.num_timesteps:
+        yield Problem("sample.steps", f"{sample.steps} is more than objective.num_timesteps={objective.num_timesteps}; lower it")
+    if sample.prompts and sample.guidance != 1 and config.data.condition_dropout == 0:
+        yield Problem(
+            "sample.guidance",
+            f"{sample.guidance:g} needs a model that has seen pictures without text, but data.condition_dropout is 0; raise that or set it to 1",
+        )
+
+
+def _missing_files(config: Config) -> Iterator[Problem]:
+    base, tokenizer, vae = config.model.base, config.data.tokenizer.path, config.model.image.vae
+    if base is not None and not (Path(base) / "config.json").is_file():
+        yield Problem("model.base", f"{base} is not a Hugging Face Llama folder: there is no config.json in it")
+    if tokenizer not in (None, BUILT_IN_TOKENIZER) and not Path(str(tokenizer)).exists():
+        yield Problem("data.tokenizer.path", f"{tokenizer} does not exist; give a folder, a tokenizer.json or '{BUILT_IN_TOKENIZER}'")
+    if vae is not None and not (Path(vae) / "config.json").is_file():
+        yield Problem("model.image.vae", f"{vae} is not a diffusers AutoencoderKL folder: there is no config.json in it")
+    lists = (("data.sources", config.data.sources), ("data.validation_sources", config.data.validation_sources))
+    for name, sources in lists:
+        for index, source in enumerate(sources):
+            if not _found(source):
+                yield Problem(f"{name}.{index}.path", f"{source.path} matches no tar file")
+
+
+def _found(source: SourceConfig) -> bool:
+    path = source.path
+    if "://" in path:  # not on this disk
+        return True
+    if Path(path).is_dir():
+        return any(Path(path).glob("**/*.tar"))
+    return bool(glob.glob(re.sub(r"\{[^{}]*\}", "*", path)))  # a brace range as a wildcard: some of it is there
