@@ -1,0 +1,224 @@
+"""`fusiontrain demo`: a text-only Llama is pretrained, then learns to paint and to caption, with its language untouched."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusiontrain.cli import demo_stages as stages
+from fusiontrain.cli.common import add_json_argument, note, print_json
+from fusiontrain.cli.demo_report import TARGETS, write_pictures, write_report
+from fusiontrain.utils.errors import UserError
+
+MARKER = "fusiontrain-demo"
+"""A file that says: this folder was made by the demo, which may empty it."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a demo is. judged: validation prompts painted and validation pictures captioned."""
+
+    documents: int
+    judged: int
+    sheet: int
+    overrides_llama: tuple[str, ...] = ()
+    overrides_fusion: tuple[str, ...] = ()
+    replay_steps: int = 20
+
+
+FULL = Size(documents=20_000, judged=128, sheet=36)
+FAST = Size(
+    documents=600,
+    judged=8,
+    sheet=8,
+    overrides_llama=("train.steps=20", "optimizer.warmup_steps=5", "evaluate.batches=1"),
+    overrides_fusion=(
+        *("train.steps=30", "optimizer.warmup_steps=5", "evaluate.every_steps=15", "evaluate.batches=1", "sample.every_steps=15"),
+        *("sample.steps=4", "checkpoint.every_steps=5"),
+    ),
+    replay_steps=5,
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("demo", help="the whole path on one machine: world, Llama, LMFusion, resume, pictures, report")
+    parser.add_argument("--out", default="runs/demo", help="folder for everything the demo makes (default: runs/demo)")
+    parser.add_argument("--fast", action="store_true", help="a one-minute version that shows the path and learns next to nothing")
+    parser.add_argument("--processes", type=int, default=2, help="ranks of the trainings (default: 2)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="overrides for the LMFusion training, such as objective.image=ddpm")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    demo = Demo(Path(args.out), FAST if args.fast else FULL, args.processes, args.seed, tuple(args.overrides))
+    report = demo.run()
+    if args.json:
+        print_json(report)
+    return 0
+
+
+@dataclass
+class Demo:
+    """One run of the demo; every stage leaves its results in `out`."""
+
+    out: Path
+    size: Size
+    processes: int
+    seed: int
+    overrides: tuple[str, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last_line: float = 0.0
+
+    def run(self) -> dict[str, Any]:
+        started = time.monotonic()
+        self._empty_folder()
+        with self._stage("make the demo world"):
+            self._make_world()
+        with self._stage("pretrain a text-only Llama"):
+            self._pretrain()
+        with self._stage("train LMFusion, first half, then SIGTERM"):
+            stop = self._train_fusion(half=True)
+        with self._stage("replay the steps before the stop"):
+            same, compared = self._replay(stop)
+        with self._stage("resume LMFusion"):
+            self._train_fusion(half=False)
+        with self._stage("compare text logits with the Llama's"):
+            identical, tokens = stages.text_logits_identical(self.fusion, self.llama)
+        with self._stage("paint, caption and judge"):
+            scores, samples = self._judge()
+        rows = stages.read_metrics(self.fusion)
+        report = {
+            "text_logits_identical": identical,
+            "resume_identical": same,
+            **{name: scores["summary"][name] for name in TARGETS},
+            **{f"loss/{name}": _start_and_end(rows, f"loss/{name}") for name in ("text", "image")},
+            "tokens_per_second": stages.mean_of(rows, "tokens_per_second"),
+            "seconds": time.monotonic() - started,
+            "samples": samples,
+            "scores": scores,
+            "stage_seconds": self.seconds,
+            "objective": self._fusion_config().objective.image,
+            "steps": len(rows),
+            "stopped_after_step": stop,
+            "steps_compared": compared,
+            "text_tokens_compared": tokens,
+            "validation": {key: value for key, value in rows[-1].items() if key.startswith("validation/")},
+        }
+        write_report(self.out, report)
+        self._say_results(report)
+        return report
+
+    # ---------------------------------------------------------------- places
+
+    @property
+    def world(self) -> Path:
+        return self.out / "world"
+
+    @property
+    def llama(self) -> Path:
+        return self.out / "llama"
+
+    @property
+    def fusion(self) -> Path:
+        return self.out / "lmfusion"
+
+    def _sources(self) -> tuple[str, ...]:
+        return (
+            f"data.sources=[{{path: {self.world / 'train'}}}]",
+            f"data.validation_sources=[{{path: {self.world / 'validation'}}}]",
+            f"seed={self.seed}",
+        )
+
+    def _fusion_overrides(self) -> tuple[str, ...]:
+        return (*self._sources(), f"model.base={self.llama}", *self.size.overrides_fusion, *self.overrides)
+
+    def _fusion_config(self) -> Any:
+        from fusiontrain.config.load import load
+
+        return load(stages.find_config("quickstart.yaml"), self._fusion_overrides())
+
+    def _empty_folder(self) -> None:
+        if self.out.exists() and any(self.out.iterdir()):
+            if not (self.out / MARKER).is_file():
+                raise UserError(f"{self.out}: is not empty and was not made by the demo: give another folder with --out")
+            shutil.rmtree(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / MARKER).write_text("Made by `fusiontrain demo`, which empties this folder when it runs again.\n")
+
+    # ---------------------------------------------------------------- stages
+
+    def _make_world(self) -> None:
+        from fusiontrain.data.world import make_world
+        from fusiontrain.data.world_tokenizer import write_tokenizer
+
+        make_world(self.world, self.size.documents, self.seed)
+        write_tokenizer(self.world / "train", self.out / "tokenizer.json")
+
+    def _pretrain(self) -> None:
+        run = self.out / "llama_run"
+        overrides = (*self._sources(), f"data.tokenizer.path={self.out / 'tokenizer.json'}", *self.size.overrides_llama)
+        stages.train(stages.find_config("quickstart_llama.yaml"), run, overrides, self.processes, self._progress)
+        stages.export_base(run, self.llama)
+
+    def _train_fusion(self, half: bool) -> int:
+        """The first half, ended by SIGTERM, or what is left of the training. Returns the step it ended after."""
+        config = stages.find_config("quickstart.yaml")
+        every = self._fusion_config().checkpoint.every_steps
+        middle = self._fusion_config().train.steps // 2 // every * every + self.size.replay_steps
+        stop = middle if half else None
+        stages.train(config, self.fusion, self._fusion_overrides(), self.processes, self._progress, stop)
+        return int(stages.read_metrics(self.fusion)[-1]["step"])
+
+    def _replay(self, stop: int) -> tuple[bool, int]:
+        """Resume a copy of the run from the periodic checkpoint before the stop, and compare the steps up to it."""
+        from fusiontrain.train.checkpoint import checkpoint_step, list_checkpoints
+
+        before = [path for path in list_checkpoints(self.fusion / "checkpoints") if checkpoint_step(path) < stop]
+        if not before:
+            raise UserError(f"{self.fusion}: has no checkpoint before step {stop}, where it was stopped")
+        replay = self.out / "replay"
+        config = stages.find_config("quickstart.yaml")
+        stages.train(config, replay, self._fusion_overrides(), self.processes, self._progress, stop, resume=str(before[-1]))
+        return stages.same_steps(self.fusion, replay)
+
+    def _judge(self) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        from fusiontrain.generate.score import score_model
+        from fusiontrain.train.build import load_for_inference
+
+        model, config, tokenizer = load_for_inference(self.fusion)
+        scores, prompts, pictures = score_model(model, tokenizer, config, self.world, self.size.judged, self.seed)
+        return scores, write_pictures(self.out, prompts, pictures, self.size.sheet)
+
+    # ---------------------------------------------------------------- words
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        note(f"[{len(self.seconds) + 1}/7] {name}")
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+        note(f"      done in {self.seconds[name]:.0f} s")
+
+    def _progress(self, run: str, step: int, steps: int) -> None:
+        if time.monotonic() - self._last_line > 15 and step:
+            note(f"      {run}: step {step:,}" + (f" of {steps:,}" if steps else ""))
+            self._last_line = time.monotonic()
+
+    def _say_results(self, report: dict[str, Any]) -> None:
+        scores = ", ".join(f"{name.removesuffix('_accuracy')} {report[name]:.2f}" for name in TARGETS)
+        note(f"\nscores on validation prompts: {scores}")
+        note(f"text logits identical to the Llama's: {report['text_logits_identical']}; resume identical: {report['resume_identical']}")
+        note(f"report: {self.out / 'report.md'}, {self.out / 'report.json'}; pictures: {self.out / 'contact_sheet.png'}")
+        note(f"TensorBoard: tensorboard --logdir {self.fusion / 'tensorboard'}")
+
+
+def _start_and_end(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float | None]:
+    edge = min(stages.EDGE_STEPS, max(1, len(rows) // 4))
+    return {"start": stages.mean_of(rows[:edge], key), "end": stages.mean_of(rows[-edge:], key)}

@@ -1,0 +1,201 @@
+"""`fusiontrain sample`: pictures from text, text from pictures, or both in turns, written to a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusiontrain.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fusiontrain.train.inference import Trained
+
+SHEET = "contact-sheet.png"
+RECORD = "samples.json"
+
+
+class _InOrder(argparse.Action):
+    """Collects --prompt and --image into one list, in the order they were typed: in interleaving that order is the document."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        namespace.pieces = [*namespace.pieces, (self.dest, values)]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `sample` and its options."""
+    parser = subparsers.add_parser("sample", help="paint, caption or interleave with a trained model", description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint folder, or a run folder (its newest checkpoint)")
+    parser.add_argument("--prompt", action=_InOrder, metavar="TEXT", help="text; may be repeated")
+    parser.add_argument("--image", action=_InOrder, metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--out", required=True, metavar="DIR", help=f"gets the pictures, {SHEET} and {RECORD}")
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "paint", "caption", "interleave"),
+        default="auto",
+        help="auto: prompts alone are painted, pictures alone are captioned, both together are one document to go on with",
+    )
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none (default: the config's)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the config's)")
+    parser.add_argument("--seed", type=int, help="of noise and of text drawn at a temperature (default: the config's)")
+    parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
+    parser.add_argument("--max-images", type=int, default=4, help="new pictures of an interleaved document (default: 4)")
+    parser.add_argument("--json", action="store_true", help=f"print {RECORD} and nothing else")
+    parser.set_defaults(run=run, pieces=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample and write. Returns the exit code; raises UserError for bad input."""
+    mode = _mode(args)
+    _check_numbers(args)
+    from fusiontrain.generate.pictures import load_picture
+    from fusiontrain.train.inference import load_for_inference
+
+    pieces = [value if kind == "prompt" else load_picture(value) for kind, value in args.pieces]
+    trained = load_for_inference(args.checkpoint)
+    samples, pictures, captions = {"paint": _paint, "caption": _caption, "interleave": _interleave}[mode](args, trained, pieces)
+    settings = _settings(args, trained)
+    record = {"checkpoint": str(trained.checkpoint), "mode": mode, **settings, "samples": samples}
+    out = Path(args.out)
+    _write(out, record, pictures, captions)
+    print(json.dumps(record, indent=1) if args.json else _summary(record, out))
+    return 0
+
+
+def _mode(args: argparse.Namespace) -> str:
+    kinds = {kind for kind, _ in args.pieces}
+    if not kinds:
+        raise UserError("sample: nothing to do: give --prompt TEXT or --image FILE")
+    mode = args.mode
+    if mode == "auto":
+        mode = "interleave" if len(kinds) == 2 else "paint" if "prompt" in kinds else "caption"
+    if mode == "paint" and kinds != {"prompt"}:
+        raise UserError("sample: --mode paint takes --prompt only: leave --image out, or use --mode interleave")
+    if mode == "caption" and kinds != {"image"}:
+        raise UserError("sample: --mode caption takes --image only: leave --prompt out, or use --mode interleave")
+    return mode
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in (("steps", 1), ("guidance", 0), ("seed", 0), ("temperature", 0), ("max_new_tokens", 1), ("max_images", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def _settings(args: argparse.Namespace, trained: Trained) -> dict[str, Any]:
+    """What the options leave open comes from the config that the model was trained with."""
+    defaults = trained.config.sample
+    return {
+        "seed": trained.config.seed if args.seed is None else args.seed,
+        "steps": defaults.steps if args.steps is None else args.steps,
+        "guidance": defaults.guidance if args.guidance is None else args.guidance,
+        "temperature": defaults.temperature if args.temperature is None else args.temperature,
+        "max_new_tokens": defaults.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
+    }
+
+
+Result = tuple[list[dict[str, Any]], "list[np.ndarray]", list[str]]
+"""Records of the samples, the new pictures that their "file" entries name, and what the contact sheet says under each."""
+
+
+def _paint(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
+    from fusiontrain.generate.paint import paint
+
+    settings, data = _settings(args, trained), trained.config.data
+    pictures = paint(
+        trained.model,
+        trained.tokenizer,
+        prompts,
+        image=data.image,
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        seed=settings["seed"],
+        context=data.sequence_length,
+    )
+    return [{"prompt": prompt, "file": _file(number)} for number, prompt in enumerate(prompts)], pictures, list(prompts)
+
+
+def _caption(args: argparse.Namespace, trained: Trained, pictures: Sequence[np.ndarray]) -> Result:
+    from fusiontrain.generate.caption import caption
+
+    data = trained.config.data
+    texts = caption(
+        trained.model, trained.tokenizer, pictures, image=data.image, writing=_writing(args, trained), context=data.sequence_length
+    )
+    sources = [value for _, value in args.pieces]
+    return [{"image": source, "text": text} for source, text in zip(sources, texts, strict=True)], list(pictures), texts
+
+
+def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any]) -> Result:
+    from fusiontrain.generate.interleave import interleave
+
+    settings, data = _settings(args, trained), trained.config.data
+    produced = interleave(
+        trained.model,
+        trained.tokenizer,
+        prompt,
+        image=data.image,
+        writing=_writing(args, trained),
+        max_images=args.max_images,
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        context=data.sequence_length,
+    )
+    pieces: list[dict[str, str]] = []
+    pictures, captions = [], []
+    before = " ".join(value for kind, value in args.pieces if kind == "prompt")
+    for piece in produced:
+        if isinstance(piece, str):
+            pieces.append({"text": piece})
+            before = f"{before} {piece}".strip()
+        else:
+            pieces.append({"file": _file(len(pictures))})
+            pictures.append(piece)
+            captions.append(before)
+            before = ""
+    return [{"prompt": [{kind: value} for kind, value in args.pieces], "pieces": pieces}], pictures, captions
+
+
+def _writing(args: argparse.Namespace, trained: Trained) -> Any:
+    from fusiontrain.generate.stream import Writing
+
+    settings = _settings(args, trained)
+    return Writing(settings["max_new_tokens"], settings["temperature"], settings["seed"])
+
+
+def _file(number: int) -> str:
+    return f"{number:03d}.png"
+
+
+def _write(out: Path, record: dict[str, Any], pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    from PIL import Image
+
+    from fusiontrain.generate.pictures import contact_sheet
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        for number, picture in enumerate(pictures if record["mode"] != "caption" else ()):
+            Image.fromarray(picture).save(out / _file(number))
+        if len(pictures):
+            contact_sheet(pictures, captions).save(out / SHEET)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error})") from error
+
+
+def _summary(record: dict[str, Any], out: Path) -> str:
+    lines = []
+    for sample in record["samples"]:
+        if record["mode"] == "paint":
+            lines.append(f"{out / sample['file']}: {sample['prompt']}")
+        elif record["mode"] == "caption":
+            lines.append(f"{sample['image']}: {sample['text']}")
+        else:
+            lines += [str(out / piece["file"]) if "file" in piece else piece["text"] for piece in sample["pieces"]]
+    return "\n".join([*lines, f"written to {out}: {RECORD}" + (f", {SHEET}" if (out / SHEET).exists() else "")])

@@ -1,0 +1,82 @@
+"""Text to picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fusiontrain.config.schema import ImageDataConfig
+from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.generate.guidance import Grid, Predict, denoise, guide
+from fusiontrain.generate.pictures import grid_of, patch_numbers, to_pictures
+from fusiontrain.generate.stream import check_fits, device_of, evaluating, opening, read_tokens
+from fusiontrain.models.cache import KVCache
+from fusiontrain.models.fusion import FusionModel
+from fusiontrain.utils.keyed import hash_key
+
+
+def paint(
+    model: FusionModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    image: ImageDataConfig,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int = 32,
+    context: int | None = None,
+) -> list[np.ndarray]:
+    """One picture per prompt, [H, W, 3] uint8.
+
+    image: how the model's pictures are cut (`config.data.image`). steps: denoising steps. guidance: scale of classifier-free guidance, 1 = none.
+    Starting noise is keyed by (seed, number of the prompt): batch_size bounds memory and changes nothing else beyond rounding.
+    context: longest sequence in tokens (`config.data.sequence_length`). Raises UserError for a model that cannot paint and for a prompt that is too long.
+    """
+    grid = grid_of(model, image)
+    rows = [[*opening(tokenizer), *tokenizer.encode(prompt), tokenizer.begin_image_id] for prompt in prompts]
+    for number, row in enumerate(rows):
+        check_fits(len(row) + grid[0] * grid[1], context, f"prompt {number + 1} with its picture")
+    pictures: list[np.ndarray] = []
+    with evaluating(model):
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
+            keys = [hash_key(seed, first + i) for i in range(len(batch))]
+            cache = model.new_cache(len(batch), max(map(len, batch)) + grid[0] * grid[1])
+            read_tokens(model, cache, batch)
+            pictures += to_pictures(model, paint_into(model, tokenizer, cache, keys, image, steps, guidance), grid)
+    return pictures
+
+
+def paint_into(
+    model: FusionModel, tokenizer: Tokenizer, cache: KVCache, keys: Sequence[int], image: ImageDataConfig, steps: int, guidance: float
+) -> torch.Tensor:
+    """Clean patches [B, N, C] of the images that follow a BOI which ends each row of the cache; the cache is left as it was.
+
+    keys [B]: of the noise of each image.
+    """
+    grid = grid_of(model, image)
+    predict = _predictor(model, cache, grid)
+    if guidance != 1:
+        # A document whose text was dropped in training (data.condition_dropout) is BOS, BOI, image.
+        unconditional = [*opening(tokenizer), tokenizer.begin_image_id]
+        plain_cache = model.new_cache(len(keys), len(unconditional) + grid[0] * grid[1])
+        read_tokens(model, plain_cache, [unconditional] * len(keys))
+        predict = _guided(predict, _predictor(model, plain_cache, grid), guidance)
+    return denoise(predict, model.image_objective, keys, patch_numbers(model, image), grid, steps, device_of(model))
+
+
+def _predictor(model: FusionModel, cache: KVCache, grid: Grid) -> Predict:
+    def predict(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        return model.decode_image(x, levels, grid, cache, commit=False)
+
+    return predict
+
+
+def _guided(with_text: Predict, without_text: Predict, scale: float) -> Predict:
+    def predict(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        return guide(with_text(x, levels), without_text(x, levels), scale)
+
+    return predict

@@ -1,0 +1,115 @@
+"""Reading tokens into a KV cache and writing text out of it: the parts that painting, captioning and interleaving share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.models.cache import KVCache
+from fusiontrain.models.fusion import FusionModel
+from fusiontrain.utils.errors import UserError
+from fusiontrain.utils.keyed import keyed_uniform
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How text is chosen. temperature 0: always the most likely token; seed: of the draws at a temperature above 0."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@contextmanager
+def evaluating(model: FusionModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode is put back afterwards, since training samples in between its steps."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def device_of(model: FusionModel) -> torch.device:
+    return model.text.embedding.weight.device
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """The tokens before every document: BOS, where the tokenizer has one."""
+    return [] if tokenizer.begin_text_id is None else [tokenizer.begin_text_id]
+
+
+def check_fits(num_tokens: int, context: int | None, what: str) -> None:
+    """Raises UserError when `num_tokens` exceed the context that the model was trained on (None: no limit known)."""
+    if context is not None and num_tokens > context:
+        raise UserError(f"{what}: needs {num_tokens} tokens, but the model's context (data.sequence_length) is {context}: shorten it")
+
+
+def read_tokens(model: FusionModel, cache: KVCache, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Append B rows of tokens, of any lengths >= 1, to the cache -> logits behind each row's last token, [B, V] float32."""
+    device = device_of(model)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    longest = max(len(row) for row in rows)
+    token_ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)
+    logits = model.decode_text(token_ids, cache, lengths)
+    return logits[torch.arange(len(rows), device=device), lengths - 1].float()
+
+
+def write_text(
+    model: FusionModel,
+    tokenizer: Tokenizer,
+    cache: KVCache,
+    logits: torch.Tensor,
+    writing: Writing,
+    *,
+    stop_ids: Collection[int],
+    row_numbers: Sequence[int],
+    first_place: int = 0,
+) -> tuple[list[list[int]], list[int | None]]:
+    """Continue B rows from `logits` [B, V] until a stop token or `max_new_tokens`.
+
+    row_numbers [B] and first_place key the draws, so that a row does not depend on its neighbours. Returns the tokens of each row without the
+    stop token, and that token (None where the budget ended it). The cache holds every returned token when a row ended with a stop token, and no stop token.
+    """
+    forbidden = _never_written(tokenizer, logits.shape[-1], stop_ids).to(logits.device)
+    written: list[list[int]] = [[] for _ in row_numbers]
+    ended_by: list[int | None] = [None] * len(written)
+    live = [True] * len(written)
+    for place in range(first_place, first_place + writing.max_new_tokens):
+        chosen = _choose(logits.masked_fill(forbidden, -torch.inf), writing, row_numbers, place)
+        for row, token in enumerate(chosen):
+            if live[row] and token in stop_ids:
+                live[row], ended_by[row] = False, token
+            elif live[row]:
+                written[row].append(token)
+        if not any(live):
+            break
+        # A finished row rides along and adds nothing: its new length is 0.
+        new_tokens = torch.tensor(chosen, device=logits.device)[:, None]
+        logits = model.decode_text(new_tokens, cache, torch.tensor(live, device=logits.device).long())[:, 0].float()
+    return written, ended_by
+
+
+def _never_written(tokenizer: Tokenizer, vocab_size: int, stop_ids: Collection[int]) -> torch.Tensor:
+    """[V] bool: markers that only the sampler may set (BOS, EOI, and any marker that is no stop here), and rows of the head without a token."""
+    forbidden = torch.arange(vocab_size) >= tokenizer.vocab_size
+    markers = {tokenizer.begin_image_id, tokenizer.end_image_id, tokenizer.end_text_id, *opening(tokenizer)}
+    forbidden[[marker for marker in markers if marker not in stop_ids]] = True
+    return forbidden
+
+
+def _choose(logits: torch.Tensor, writing: Writing, row_numbers: Sequence[int], place: int) -> list[int]:
+    if writing.temperature == 0:
+        return logits.argmax(dim=-1).tolist()
+    draws = [keyed_uniform(writing.seed, number, place) for number in row_numbers]
+    cumulative = torch.softmax(logits.double() / writing.temperature, dim=-1).cumsum(dim=-1)
+    cumulative = cumulative / cumulative[:, -1:]
+    # right=True steps over tokens of probability 0 when the draw is exactly 0.
+    places = torch.searchsorted(cumulative, torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None], right=True)
+    return places[:, 0].tolist()

@@ -1,0 +1,137 @@
+"""The composition root: from a configuration to a run whose parts know each other, and from a checkpoint to a model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusiontrain.config.load import load, to_yaml
+from fusiontrain.config.schema import Config
+from fusiontrain.config.validate import file_problems
+from fusiontrain.data.loader import Loader
+from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer
+from fusiontrain.models.build import build_model
+from fusiontrain.parallel.apply import parallelize
+from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
+from fusiontrain.parallel.reduce import barrier, broadcast_object, gather_objects
+from fusiontrain.train.checkpoint import CONFIG, Tensors, find_checkpoint, load_checkpoint, read_manifest, set_aside_newer
+from fusiontrain.train.identity import folder_identity, model_identity, require_same_model
+from fusiontrain.train.metrics import MetricsWriter
+from fusiontrain.train.optim import build_optimizer, embedding_names
+from fusiontrain.train.signals import StopRequest
+from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
+from fusiontrain.train.trainer import Reporter, Trainer
+from fusiontrain.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontrain.models.fusion import FusionModel
+
+logger = logging.getLogger(__name__)
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raise UserError for what can only be known with the ranks and the disk at hand, all problems at once."""
+    problems = [str(problem) for problem in file_problems(config)]
+    mesh_shape(config.parallel, world_size)
+    sequences, micro = config.train.global_batch_sequences, config.train.micro_batch_sequences or 1
+    if sequences % (world_size * micro):
+        problems.append(
+            f"train.global_batch_sequences={sequences}: must be a multiple of ranks x micro_batch_sequences = {world_size} x {micro}"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> Trainer:
+    """Everything that a run needs, resumed as `checkpoint.resume` says. All ranks call this together, inside their process group.
+
+    Raises UserError for what the user can mend: files, shapes, a checkpoint of another model or of other data.
+    """
+    set_threads(config.train.threads, ranks)
+    tokenizer = load_tokenizer(config)
+    loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
+    validation_loader = None
+    if config.data.validation_sources:
+        validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size)
+    model = build_model(config)
+    embeddings = embedding_names(model)
+    parameters = parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device)
+    optimizer = build_optimizer(parameters, embeddings, config.optimizer)
+    # Frozen weights that came from a folder are named by their hash instead of being stored again and again.
+    weights = model_tensors(model, parameters, include_frozen=config.model.base is None)
+    tensors = {"model": weights, "optimizer": optimizer_tensors(optimizer, parameters)}
+    identity = broadcast_object(model_identity(config, weights) if ranks.is_main else None)
+    state = resume(config, ranks, tensors, identity, loader.fingerprint)
+    writer = open_run_folder(config, state.step) if ranks.is_main else None
+    barrier()
+    return Trainer(
+        config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer
+    )
+
+
+def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, fingerprint: str) -> TrainState:
+    """Load the checkpoint that `checkpoint.resume` means into `tensors`, and return its state; a new state if there is none."""
+    folder = Path(config.run.dir) / "checkpoints"
+    # The main rank decides, so that ranks which see a shared disk at different moments still take the same one.
+    checkpoint = broadcast_object(find_checkpoint(config.checkpoint.resume, folder) if ranks.is_main else None)
+    if checkpoint is None:
+        state = TrainState()
+    else:
+        manifest = read_manifest(checkpoint)
+        require_same_model(manifest["model"], identity, checkpoint)
+        require_same_data(manifest["state"]["data"], fingerprint, checkpoint)
+        state = load_checkpoint(checkpoint, tensors, ranks)
+        logger.info("resumed from %s", checkpoint)
+    if ranks.is_main:
+        for path in set_aside_newer(folder, state.step):
+            logger.warning("set aside %s: it is later than the step %d that this run starts from", path, state.step)
+    return state
+
+
+def require_same_data(saved: dict, fingerprint: str, checkpoint: Path) -> None:
+    """Raise UserError where a checkpoint's place in the data means nothing, because the data are others now."""
+    if saved and saved["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{checkpoint}: was trained on other data, or data in another order: restore seed, data and train.global_batch_sequences "
+            "as in its config.yaml, or start anew with another run.dir"
+        )
+
+
+def open_run_folder(config: Config, step: int) -> MetricsWriter:
+    """Write config.yaml and open the metrics of a run that goes on after `step`."""
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    return MetricsWriter(folder, step)
+
+
+def load_for_inference(path: str | Path) -> tuple[FusionModel, Config, Tokenizer]:
+    """The model of a checkpoint folder on the CPU in float32, its config, and its tokenizer; no process group is needed.
+
+    Folders named in the config (model.base and so on) are looked for as in training, relative to the working directory, and where they
+    were when the checkpoint was written. Raises UserError where they are gone or hold other weights.
+    """
+    checkpoint = find_checkpoint(str(path), Path(path))
+    assert checkpoint is not None
+    manifest = read_manifest(checkpoint)
+    config = find_folders(load(checkpoint / CONFIG), manifest["model"]["folders"], checkpoint)
+    model = build_model(config)
+    parameters = dict(model.named_parameters())
+    tensors = model_tensors(model, parameters, include_frozen=config.model.base is None)
+    require_same_model(manifest["model"], model_identity(config, tensors), checkpoint)
+    load_checkpoint(checkpoint, {"model": tensors}, Ranks())
+    return model.eval(), config, load_tokenizer(config)
+
+
+def find_folders(config: Config, folders: dict[str, dict[str, str]], checkpoint: Path) -> Config:
+    """`config` with its base where it is now: where the config says, or else where the checkpoint saw it."""
+    base = config.model.base
+    if base is None or Path(base).is_dir():
+        return config
+    remembered = folders["base"]["path"]
+    if not Path(remembered).is_dir():
+        raise UserError(f"{checkpoint}: model.base={base} is not there (nor {remembered}): put the base model back, its weights are needed")
+    return config.model_copy(update={"model": config.model.model_copy(update={"base": remembered})})

@@ -1,0 +1,58 @@
+"""What a model is worth in between: validation loss per modality, and pictures of the configured prompts.
+
+Always the same batches with the same noise, and the same prompts from the same noise: two evaluations differ by the model alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from PIL import Image
+from torch import nn
+
+from fusiontrain.config.schema import Config
+from fusiontrain.data.loader import Loader
+from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.generate.paint import paint
+from fusiontrain.generate.pictures import contact_sheet
+from fusiontrain.modality import MODALITY_NAMES
+from fusiontrain.parallel.fsdp import free_gathered
+from fusiontrain.parallel.reduce import sum_tensor
+from fusiontrain.train.step import global_counts
+
+
+@torch.no_grad()
+def validation_losses(model: nn.Module, loader: Loader, num_batches: int, device: torch.device) -> dict[str, float]:
+    """Mean loss of each modality over the first `num_batches` global batches of `loader`; NaN where there is no target.
+
+    All ranks call this together. A loader of one rank and a loader of many give the same result up to rounding.
+    """
+    sums = torch.zeros(len(MODALITY_NAMES), dtype=torch.float64, device=device)
+    targets = dict.fromkeys(MODALITY_NAMES, 0)
+    for micro_batches, _ in itertools.islice(loader.iterate(0), num_batches):
+        counts = global_counts(micro_batches)
+        targets = {name: targets[name] + counts.targets[name] for name in MODALITY_NAMES}
+        for batch in micro_batches:
+            for name, term in model(batch.to(device)).items():
+                sums[MODALITY_NAMES.index(name)] += term.sum
+    free_gathered(model)
+    totals = sum_tensor(sums).tolist()
+    return {name: total / targets[name] if targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)}
+
+
+def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config) -> Image.Image:
+    """One sheet with a picture of every prompt of the config, in their order. All ranks call this together."""
+    sample = config.sample
+    pictures = paint(
+        model,
+        tokenizer,
+        sample.prompts,
+        image=config.data.image,
+        steps=sample.steps,
+        guidance=sample.guidance,
+        seed=config.seed,
+        context=config.data.sequence_length,
+    )
+    return contact_sheet(pictures, sample.prompts)

@@ -1,0 +1,218 @@
+"""The loop: a batch, a step, a line of metrics, and what is due after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fusiontrain.config.load import to_yaml
+from fusiontrain.config.schema import Config
+from fusiontrain.data.loader import Loader
+from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.models.flops import count_flops
+from fusiontrain.parallel.fsdp import free_gathered
+from fusiontrain.parallel.mesh import Ranks
+from fusiontrain.parallel.reduce import gather_floats
+from fusiontrain.train.checkpoint import Tensors, save_checkpoint
+from fusiontrain.train.evaluate import paint_prompts, validation_losses
+from fusiontrain.train.metrics import MetricsWriter, memory_gib, peak_flops
+from fusiontrain.train.optim import set_learning_rate
+from fusiontrain.train.schedule import learning_rate
+from fusiontrain.train.signals import StopRequest
+from fusiontrain.train.state import TrainState
+from fusiontrain.train.step import StepCounts, StepResult, global_counts, train_step
+from fusiontrain.types import Batch
+
+logger = logging.getLogger(__name__)
+
+MAX_NONFINITE_STEPS = 5
+
+
+class TrainingDiverged(RuntimeError):
+    """Several steps in a row had a loss or gradient that is not finite."""
+
+
+class Reporter(Protocol):
+    """Who tells a person how the run goes. The trainer itself prints nothing."""
+
+    def started(self, step: int, steps: int, run_dir: Path) -> None: ...
+
+    def step(self, values: Mapping[str, Any], due: bool) -> None:
+        """After every step, with its metrics; `due` every `train.log_every_steps`."""
+
+    def event(self, text: str) -> None:
+        """What happens now and then: an evaluation, a checkpoint, a skipped update."""
+
+    def finished(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Numbers of one step that ranks measure for themselves. Times in seconds, memory in GiB: of the rank with the most."""
+
+    stop_requested: bool
+    skipped_samples: int
+    memory_gib: float
+    data_seconds: float
+    step_seconds: float
+
+
+@dataclass
+class Trainer:
+    """The parts of a run, put together by `build.py`, and its state, which `run` moves forward.
+
+    writer: None on all ranks but the main one. tensors and identity: what a checkpoint stores and how it is recognised.
+    """
+
+    config: Config
+    ranks: Ranks
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    tokenizer: Tokenizer
+    loader: Loader
+    validation_loader: Loader | None
+    tensors: Tensors
+    identity: Mapping[str, Any]
+    state: TrainState
+    stop: StopRequest
+    reporter: Reporter
+    writer: MetricsWriter | None
+
+    def run(self) -> bool:
+        """Train to `train.steps`, or until any rank is asked to stop. Returns whether it got to the end; a checkpoint is there either way."""
+        config, stopping = self.config, False
+        self.reporter.started(self.state.step, config.train.steps, Path(config.run.dir))
+        batches = self.loader.iterate(self.state.step)
+        skipped_before = self.state.skipped_samples
+        while self.state.step < config.train.steps and not stopping:
+            started = time.perf_counter()
+            micro_batches, data_state = next(batches)
+            waited = time.perf_counter() - started
+            rate = learning_rate(self.state.step + 1, config.optimizer, config.train.steps)
+            counts, result = self._step(micro_batches, rate)
+            totals = self._gather_totals(waited, time.perf_counter() - started)
+            self.state = next_state(self.state, data_state.to_dict(), counts, result, skipped_before + totals.skipped_samples)
+            values = self._values(counts, result, totals, rate) | self._evaluate()
+            self._publish(values)
+            self._paint()
+            stopping = totals.stop_requested
+            if stopping or self._due(config.checkpoint.every_steps) or self._is_last():
+                self._save()
+            self._require_progress(result)
+        self.reporter.finished()
+        return not stopping
+
+    def _step(self, micro_batches: Sequence[Batch], rate: float) -> tuple[StepCounts, StepResult]:
+        """One optimizer step, and what it counted over all ranks."""
+        config, device = self.config, self.ranks.device
+        flops = sum(sum(count_flops(self.model, batch).values()) for batch in micro_batches)
+        counts = global_counts(micro_batches, flops)
+        set_learning_rate(self.optimizer, rate)
+        weights = {"text": config.objective.text_weight, "image": config.objective.image_weight}
+        clip, world = config.optimizer.clip_norm, self.ranks.world_size
+        return counts, train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device)
+
+    def _gather_totals(self, data_seconds: float, step_seconds: float) -> StepTotals:
+        """One small all-gather, which is also where all ranks agree to stop after the same step."""
+        mine = (float(bool(self.stop)), self.loader.skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
+        stops, skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
+        return StepTotals(any(stops), int(sum(skipped)), max(memory), max(waits), max(seconds))
+
+    def _values(self, counts: StepCounts, result: StepResult, totals: StepTotals, rate: float) -> dict[str, Any]:
+        """The step's line in metrics.jsonl."""
+        tokens, seconds = sum(counts.tokens.values()), totals.step_seconds
+        peak = peak_flops(self.ranks.device, self.config.parallel.precision)
+        return {
+            "step": self.state.step,
+            "loss": result.loss,
+            **{f"loss/{name}": loss for name, loss in result.losses.items()},
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "tokens": tokens,
+            **{f"tokens/{name}": number for name, number in counts.tokens.items()},
+            **{f"targets/{name}": number for name, number in counts.targets.items()},
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "data_seconds": totals.data_seconds,
+            "flops": counts.flops,
+            "mfu": counts.flops / seconds / (peak * self.ranks.world_size) if peak else None,
+            "memory_gib": totals.memory_gib,
+            "skipped": self.state.skipped_samples,
+            "skipped_steps": self.state.skipped_steps,
+            **{key: self.state.data[key] for key in ("epoch",) if key in self.state.data},
+        }
+
+    def _publish(self, values: dict[str, Any]) -> None:
+        due = self._due(self.config.train.log_every_steps) or self.state.step == 1
+        if due or self.state.nonfinite_in_a_row:
+            logger.info("step %d: loss %.5f, gradient norm %.4f", values["step"], values["loss"], values["grad_norm"])
+        if self.state.nonfinite_in_a_row:
+            self.reporter.event(f"step {values['step']}: loss {values['loss']}, gradient norm {values['grad_norm']}: no update")
+        if self.writer is not None:
+            self.writer.write(values)
+            if due or any(key.startswith("validation/") for key in values):
+                self.writer.board(values)
+        self.reporter.step(values, due)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Validation losses if they are due after this step."""
+        if self.validation_loader is None or not (self._due(self.config.evaluate.every_steps) or self._is_last()):
+            return {}
+        losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device)
+        words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
+        self.reporter.event(f"step {self.state.step}: validation loss {words}")
+        return {f"validation/{name}": loss for name, loss in losses.items()}
+
+    def _paint(self) -> None:
+        """Paint the configured prompts if that is due. All ranks paint together, since each holds a part of the weights."""
+        config = self.config
+        if not config.sample.prompts or "image" not in config.data.modalities:
+            return
+        if not (self._due(config.sample.every_steps) or self._is_last()):
+            return
+        sheet = paint_prompts(self.model, self.tokenizer, config)
+        free_gathered(self.model)
+        if self.writer is not None:
+            path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
+            self.reporter.event(f"step {self.state.step}: samples in {path}")
+
+    def _save(self) -> None:
+        folder = Path(self.config.run.dir) / "checkpoints"
+        keep_last, text = self.config.checkpoint.keep_last, to_yaml(self.config)
+        path = save_checkpoint(folder, self.state, self.tensors, self.identity, text, self.ranks, keep_last)
+        self.reporter.event(f"step {self.state.step}: saved {path}")
+
+    def _require_progress(self, result: StepResult) -> None:
+        if self.state.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+            raise TrainingDiverged(
+                f"step {self.state.step}: loss {result.loss} and gradient norm {result.grad_norm} were not finite for "
+                f"{self.state.nonfinite_in_a_row} steps in a row: lower optimizer.learning_rate or optimizer.clip_norm and resume"
+            )
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0
+
+    def _is_last(self) -> bool:
+        return self.state.step == self.config.train.steps
+
+
+def next_state(before: TrainState, data: dict[str, Any], counts: StepCounts, result: StepResult, skipped_samples: int) -> TrainState:
+    """The state after one more step, whether or not it changed the weights."""
+    return dataclasses.replace(
+        before,
+        step=before.step + 1,
+        data=data,
+        tokens={name: before.tokens.get(name, 0) + number for name, number in counts.tokens.items()},
+        skipped_steps=before.skipped_steps + (not result.finite),
+        nonfinite_in_a_row=0 if result.finite else before.nonfinite_in_a_row + 1,
+        skipped_samples=skipped_samples,
+    )

@@ -1,0 +1,17 @@
+"""Contiguous row segments: what every per-modality operator has in common."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_bounds(operator: str, bounds: tuple[int, ...], num_weights: int, num_rows: int) -> None:
+    """Raises ValueError unless `bounds` cuts `num_rows` rows into `num_weights` segments."""
+    ordered = all(low <= high for low, high in zip(bounds, bounds[1:], strict=False))
+    if len(bounds) != num_weights + 1 or not ordered or bounds[0] != 0 or bounds[-1] != num_rows:
+        raise ValueError(f"{operator}: bounds={bounds}: must rise from 0 to the {num_rows} rows of x in {num_weights} segments")
+
+
+def join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Segments one behind the other. Empty ones take part, which is what makes their weights' gradients zero and not None."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

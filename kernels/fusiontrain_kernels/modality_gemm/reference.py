@@ -1,0 +1,21 @@
+"""The specification of modality_gemm: a GEMM per contiguous segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from fusiontrain_kernels._segments import check_bounds, join
+
+
+def modality_gemm(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: tuple[int, ...], biases: Sequence[torch.Tensor | None] | None
+) -> torch.Tensor:
+    """See the package. One weight is a plain `F.linear`, so a tied model computes exactly what a dense one does."""
+    check_bounds("modality_gemm", bounds, len(weights), len(x))
+    biases = [None] * len(weights) if biases is None else biases
+    if len(weights) == 1:
+        return F.linear(x, weights[0], biases[0])
+    return join([F.linear(x[bounds[m] : bounds[m + 1]], weights[m], biases[m]) for m in range(len(weights))])
