@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from fusiontrain.utils.errors import UserError
+
+T = TypeVar("T")
 
 
 def sum_integers(values: Sequence[int]) -> list[int]:
@@ -44,12 +48,19 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's (picklable) value on every rank."""
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0 (picklable), on every rank; a UserError there is raised on every rank, so none waits for another."""
     if not dist.is_initialized():
-        return value
-    holder = [value]
+        return function()
+    holder: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            holder[0] = function()
+        except UserError as error:
+            holder[1] = str(error)
     dist.broadcast_object_list(holder, src=0)
+    if holder[1] is not None:
+        raise UserError(holder[1])
     return holder[0]
 
 

@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from fusiontrain.config.load import load, to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import file_problems
@@ -16,9 +14,9 @@ from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
-from fusiontrain.parallel.reduce import barrier, broadcast_object, gather_objects
+from fusiontrain.parallel.reduce import barrier, on_main
 from fusiontrain.train.checkpoint import CONFIG, Tensors, find_checkpoint, load_checkpoint, read_manifest, set_aside_newer
-from fusiontrain.train.identity import folder_identity, model_identity, require_same_model
+from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
 from fusiontrain.train.signals import StopRequest
@@ -63,10 +61,10 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     # Frozen weights that came from a folder are named by their hash instead of being stored again and again.
     weights = model_tensors(model, parameters, include_frozen=config.model.base is None)
     tensors = {"model": weights, "optimizer": optimizer_tensors(optimizer, parameters)}
-    identity = broadcast_object(model_identity(config, weights) if ranks.is_main else None)
+    identity = on_main(lambda: model_identity(config, weights))
     state = resume(config, ranks, tensors, identity, loader.fingerprint)
     writer = open_run_folder(config, state.step) if ranks.is_main else None
-    barrier()
+    barrier()  # no rank writes into a run folder that is not there yet
     return Trainer(
         config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer
     )
@@ -76,7 +74,7 @@ def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, finge
     """Load the checkpoint that `checkpoint.resume` means into `tensors`, and return its state; a new state if there is none."""
     folder = Path(config.run.dir) / "checkpoints"
     # The main rank decides, so that ranks which see a shared disk at different moments still take the same one.
-    checkpoint = broadcast_object(find_checkpoint(config.checkpoint.resume, folder) if ranks.is_main else None)
+    checkpoint = on_main(lambda: find_checkpoint(config.checkpoint.resume, folder))
     if checkpoint is None:
         state = TrainState()
     else:

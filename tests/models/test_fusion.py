@@ -113,10 +113,10 @@ def test_hidden_states_equal_the_loop_of_the_paper(tmp_path, separation):
     config = lmfusion_config(tmp_path, **{"model.separation": separation})
     model = randomise(build_model(config))
     batch = batch_of(interleaved_documents(), config)
-    captured = {}
-    model.blocks[0].register_forward_pre_hook(lambda _, args: captured.setdefault("rows", args[0].detach()))
+    rows = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
     hidden, _ = model._hidden(batch)
-    expected = naive_hidden(model, captured["rows"], batch)
+    expected = naive_hidden(model, rows[0], batch)
     live = batch.doc_ids >= 0
     torch.testing.assert_close(hidden[live].double(), expected[live], atol=2e-5, rtol=2e-4)
 
