@@ -9,9 +9,7 @@ import torch
 from fusiontrain.utils.keyed import GOLDEN_GAMMA, MULTIPLIERS, SHIFTS
 
 
-def keyed_normal(
-    noise_keys: torch.Tensor, image_ids: torch.Tensor, num_channels: int, grids: tuple[tuple[int, int], ...]
-) -> torch.Tensor:
+def keyed_normal(noise_keys: torch.Tensor, image_ids: torch.Tensor, num_channels: int, grids: tuple[tuple[int, int], ...]) -> torch.Tensor:
     """Standard normal numbers for the tokens of I images, [N, C] float32 on the device of the keys.
 
     Number j of an image (j = patch in raster order * C + channel) depends on (its key, j) alone, whatever lies beside it in the batch.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
 def check_bounds(operator: str, bounds: tuple[int, ...], num_weights: int, num_rows: int) -> None:
     """Raises ValueError unless `bounds` cuts `num_rows` rows into `num_weights` segments."""
-    ordered = all(low <= high for low, high in zip(bounds, bounds[1:], strict=False))
+    ordered = all(low <= high for low, high in itertools.pairwise(bounds))
     if len(bounds) != num_weights + 1 or not ordered or bounds[0] != 0 or bounds[-1] != num_rows:
         raise ValueError(f"{operator}: bounds={bounds}: must rise from 0 to the {num_rows} rows of x in {num_weights} segments")
 
