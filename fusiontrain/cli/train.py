@@ -1,0 +1,165 @@
+"""`fusiontrain train`: a run from its configuration to its last checkpoint, alone or as one of torchrun's processes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusiontrain.cli.common import add_config_arguments, add_json_argument, note, print_json
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `train` to the program's subparsers."""
+    parser = subparsers.add_parser("train", help="train a model; under torchrun, one process per device")
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--resume", metavar="auto|none|PATH", help="newest complete checkpoint of run.dir, a new start, or a checkpoint folder"
+    )
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 when the run is done or stopped on request after a save, 1 when it diverged; UserError for bad input."""
+    from fusiontrain.config.load import load
+    from fusiontrain.parallel.mesh import process_group, read_ranks
+    from fusiontrain.train.build import check_config
+    from fusiontrain.train.metrics import close_log, open_log
+    from fusiontrain.utils.errors import UserError
+
+    ranks = read_ranks()
+    try:
+        config = load(args.config, [*args.overrides, *([f"checkpoint.resume={args.resume}"] if args.resume else [])])
+        check_config(config, ranks.world_size)
+    except UserError:
+        if not ranks.is_main:
+            return 2  # all ranks read the same file: the main one says what is wrong with it
+        raise
+    log = open_log(Path(config.run.dir), ranks.rank)
+    try:
+        with process_group(ranks, config.parallel):
+            return _train(config, ranks, args.json)
+    finally:
+        close_log(log)
+
+
+def _train(config: Any, ranks: Any, as_json: bool) -> int:
+    from fusiontrain.train.build import build_trainer
+    from fusiontrain.train.signals import stop_on_signals
+    from fusiontrain.train.trainer import TrainingDiverged
+
+    reporter = make_reporter(ranks.is_main)
+    with stop_on_signals() as stop:
+        trainer = build_trainer(config, ranks, reporter, stop)
+        try:
+            finished = trainer.run()
+        except TrainingDiverged as error:
+            reporter.event(f"error: {error}")
+            return 1
+        finally:
+            reporter.finished()
+            trainer.close()
+    if ranks.is_main and as_json:
+        folder = Path(config.run.dir)
+        checkpoint = folder / "checkpoints" / f"step-{trainer.state.step:08d}"
+        print_json({"run": str(folder), "step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)})
+    return 0
+
+
+def make_reporter(is_main: bool) -> SilentReporter:
+    """A live line on a terminal, plain lines elsewhere, nothing on ranks other than the main one."""
+    if not is_main:
+        return SilentReporter()
+    return LiveReporter() if sys.stderr.isatty() else PlainReporter()
+
+
+class SilentReporter:
+    """Says nothing. The base of the others, and the shape that `train.trainer.Reporter` asks for."""
+
+    def started(self, step: int, steps: int, run_dir: Path) -> None:
+        pass
+
+    def step(self, values: Mapping[str, Any], due: bool) -> None:
+        pass
+
+    def event(self, text: str) -> None:
+        pass
+
+    def finished(self) -> None:
+        pass
+
+
+class PlainReporter(SilentReporter):
+    """One line per `train.log_every_steps`, for log files: `step 100/2000 loss 1.2345 text 0.9 image 0.1 ...`."""
+
+    def started(self, step: int, steps: int, run_dir: Path) -> None:
+        self.steps = steps
+        self.eta = Eta(step, steps)
+        note(f"training {run_dir} from step {step} to {steps}")
+
+    def step(self, values: Mapping[str, Any], due: bool) -> None:
+        left = self.eta.update(values["step"])
+        if due:
+            note(f"step {values['step']}/{self.steps} {describe_step(values)} eta {format_seconds(left)}")
+
+    def event(self, text: str) -> None:
+        note(text)
+
+
+class LiveReporter(SilentReporter):
+    """A progress bar that redraws itself on stderr, with events above it."""
+
+    def started(self, step: int, steps: int, run_dir: Path) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TextColumn("eta {task.fields[eta]}"))
+        self.eta = Eta(step, steps)
+        self.progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+        self.task = self.progress.add_task("starting", total=steps, completed=step, eta="-")
+        self.progress.start()
+        self.event(f"training {run_dir} from step {step} to {steps}")
+
+    def step(self, values: Mapping[str, Any], due: bool) -> None:
+        left = self.eta.update(values["step"])
+        self.progress.update(self.task, completed=values["step"], description=describe_step(values), eta=format_seconds(left))
+
+    def event(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def finished(self) -> None:
+        self.progress.stop()
+
+
+class Eta:
+    """Seconds that are left, from the pace of this process since its first step (which is slower and does not count)."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        self.steps = steps
+        self.first: tuple[int, float] | None = None
+
+    def update(self, step: int) -> float | None:
+        """Call after every step; None while nothing is known."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (step, now)
+            return None
+        return (now - self.first[1]) / (step - self.first[0]) * (self.steps - step)
+
+
+def describe_step(values: Mapping[str, Any]) -> str:
+    """The numbers of a step that a person follows."""
+    losses = " ".join(f"{name} {values[f'loss/{name}']:.4f}" for name in ("text", "image") if values.get(f"targets/{name}"))
+    return f"loss {values['loss']:.4f} {losses} norm {values['grad_norm']:.3f} lr {values['lr']:.2e} {values['tokens_per_second']:,.0f} tok/s"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """`1:02:03`, `2:03`, or `-` where it is not known."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,57 @@
+"""The pool of ranks itself: results, exceptions, deaths and hangs come back within bounded time."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fusiontrain.testing.ranks import RankFailure, RankPool, shared_pool
+from fusiontrain.utils.errors import UserError
+
+
+def add_ranks(offset: int) -> tuple[int, int, str]:
+    total = torch.tensor(dist.get_rank() + offset)
+    dist.all_reduce(total)
+    return dist.get_rank(), int(total), os.environ["WORLD_SIZE"]
+
+
+def raise_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise UserError("rank one says no")
+    dist.barrier()
+
+
+def die() -> None:
+    os._exit(7)
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+def test_results_in_order_of_rank() -> None:
+    assert shared_pool().run(add_ranks, 2, 10) == [(0, 21, "2"), (1, 21, "2")]
+
+
+def test_failure_names_the_rank_that_caused_it_and_the_pool_lives_on() -> None:
+    with pytest.raises(RankFailure, match="rank 1 of 2(.|\n)*rank one says no") as failure:
+        shared_pool().run(raise_on_rank_one, 2)
+    assert isinstance(failure.value.__cause__, UserError)
+    assert shared_pool().run(add_ranks, 2, 0)[0][1] == 1
+
+
+def test_dead_and_hanging_ranks_end_in_bounded_time() -> None:
+    pool = RankPool()
+    try:
+        with pytest.raises(RankFailure, match="died with exit code 7"):
+            pool.run(die, 1, group=False)
+        started = time.monotonic()
+        with pytest.raises(RankFailure, match="did not answer"):
+            pool.run(hang, 1, timeout_seconds=0.2, group=False)
+        assert time.monotonic() - started < 30
+    finally:
+        pool.close()
