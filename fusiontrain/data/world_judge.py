@@ -1,7 +1,7 @@
 """The judge of the demo world: reads pictures back into objects and scores pictures and captions against a scene.
 
 Plain pixel arithmetic, nothing learnt, so its word does not depend on any model: foreground by distance from the ground color,
-4-connected components, nearest color of the median pixel, shape by overlap with the painter's own tiles, place by the nearest
+4-connected components, nearest color of the inner pixels, shape by overlap with the painter's own tiles, place by the nearest
 centre, size by area.
 """
 
@@ -91,7 +91,10 @@ def _components(mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 def _read_object(colors: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> SceneObject:
     """The object that one component shows. colors: [H, W, 3] float32 of 0-255."""
     ground = np.float32(BACKGROUND)
-    inside = np.median(colors[rows, columns], axis=0)
+    object_pixels = colors[rows, columns]
+    # the half that is furthest from the ground: a border half covered by black is as gray as it is green
+    distance = np.linalg.norm(object_pixels - ground, axis=1)
+    inside = np.median(object_pixels[distance >= np.median(distance)], axis=0)
     color = min(COLORS, key=lambda name: float(np.sum((inside - np.float32(COLORS[name])) ** 2)))
     # Coverage of each pixel: how far it lies on the way from the ground to the color. Borders count for what they cover.
     way = np.float32(COLORS[color]) - ground

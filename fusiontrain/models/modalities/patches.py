@@ -12,15 +12,15 @@ def unpatchify(patches: torch.Tensor, grid: Grid, channels: int) -> torch.Tensor
     """patches [B, rows * columns, channels * p * p] in raster order -> maps [B, channels, rows * p, columns * p]."""
     rows, columns = grid
     side = patch_side(patches.shape[-1], channels)
-    maps = patches.reshape(-1, rows, columns, channels, side, side)
-    return maps.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, rows * side, columns * side)
+    maps = patches.reshape(len(patches), rows, columns, channels, side, side)
+    return maps.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), channels, rows * side, columns * side)
 
 
 def patchify(maps: torch.Tensor, side: int) -> torch.Tensor:
     """maps [B, channels, height, width] -> patches [B, (height / side) * (width / side), channels * side * side]."""
     batch, channels, height, width = maps.shape
     cut = maps.reshape(batch, channels, height // side, side, width // side, side)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * side * side)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // side) * (width // side), channels * side * side)
 
 
 def patch_side(patch_dim: int, channels: int) -> int:

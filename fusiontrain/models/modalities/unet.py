@@ -97,7 +97,7 @@ class UNetPatcher(nn.Module):
         for run in state:
             rows, columns = run.grid
             count = run.num_images * rows * columns
-            tokens = features[first : first + count].reshape(run.num_images, rows, columns, -1).permute(0, 3, 1, 2)
+            tokens = features[first : first + count].reshape(run.num_images, rows, columns, features.shape[-1]).permute(0, 3, 1, 2)
             maps = self.to_maps(tokens)
             for block, skip in zip(self.up, reversed(run.skips), strict=True):
                 maps = block(torch.cat([maps, skip], dim=1), run.timestep)
