@@ -103,12 +103,11 @@ def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[byte
 
 def export_base(run: Path, folder: Path) -> None:
     """The newest checkpoint of a dense run as a Hugging Face Llama folder, tokenizer included."""
-    from fusiontrain.data.tokenizer import tokenizer_json
     from fusiontrain.models.hf import export_llama
     from fusiontrain.train.build import load_for_inference
 
-    model, config, _ = load_for_inference(run)
-    export_llama(model, str(folder), tokenizer_json(config))
+    model, _, tokenizer = load_for_inference(run)
+    export_llama(model, str(folder), tokenizer.json)
 
 
 def same_steps(original: Path, replay: Path) -> tuple[bool, int]:

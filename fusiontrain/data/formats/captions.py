@@ -1,0 +1,44 @@
+"""Caption pairs as img2dataset and webdataset users write them, and samples of text alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+
+from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, image_suffixes
+
+TEXT_KEYS = ("caption", "text")
+TEXT_SUFFIXES = ("txt", "text", "caption")
+
+
+def read_captions(suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
+    """A pair from `{key}.jpg` (or .png, ...) and `{key}.txt` or the key "caption" or "text" of `{key}.json`; text alone without an image.
+
+    Raises BadSample where there is no text.
+    """
+    images = [suffix for suffix in image_suffixes(suffixes) if suffix.endswith(LATENT_SUFFIX) == latents]
+    if len(images) > 1:
+        raise BadSample(f"has {len(images)} images ({', '.join(images)}), a caption pair has one")
+    pieces = [Piece(text=_text(suffixes, fields)), *(Piece(image=image) for image in images)]
+    return Sample(tuple(pieces), is_pair=bool(images))
+
+
+def _text(suffixes: Collection[str], fields: Fields) -> str:
+    for suffix in TEXT_SUFFIXES:
+        if suffix in suffixes:
+            try:
+                text = fields(suffix).decode().strip()
+            except UnicodeDecodeError as error:
+                raise BadSample(f"its .{suffix} is not UTF-8") from error
+            if text:
+                return text
+    if "json" in suffixes:
+        try:
+            document = json.loads(fields("json"))
+        except ValueError as error:
+            raise BadSample(f"its .json is not valid JSON ({error})") from error
+        for key in TEXT_KEYS:
+            if isinstance(document, dict) and isinstance(document.get(key), str) and document[key].strip():
+                return document[key].strip()
+    raise BadSample("has no text: neither a .txt member nor a 'caption' or 'text' in its .json")

@@ -1,0 +1,92 @@
+"""Images and latents as patches. A patch vector is ordered (channel, row, column), patches in raster order."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fusiontrain.config.schema import ImageDataConfig
+from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.pieces import LATENT_SUFFIX
+from fusiontrain.modality import IMAGE
+from fusiontrain.types import Segment
+
+
+def image_size(suffix: str, data: bytes) -> tuple[int, int]:
+    """(height, width) of an image in pixels, or of a latent in cells, from its header. Raises BadSample."""
+    if suffix.endswith(LATENT_SUFFIX):
+        array = _load_latent(data)
+        return array.shape[1], array.shape[2]
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadSample(f"its .{suffix} is not an image that can be read ({error})") from error
+
+
+def grid_of(height: int, width: int, config: ImageDataConfig) -> tuple[int, int]:
+    """(rows, columns) in patches of an image of that size under the config's policy. Raises BadSample where patches do not divide a latent."""
+    if config.representation == "pixels":
+        height = width = config.size
+    if height % config.patch_size or width % config.patch_size:
+        raise BadSample(f"a latent of {height} x {width} cells does not divide into patches of {config.patch_size}")
+    return height // config.patch_size, width // config.patch_size
+
+
+def decode_image(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.ndarray, tuple[int, int]]:
+    """Bytes of a member -> patches [n, C] float32 and their grid: pixels in [-1, 1], latents as stored. Raises BadSample."""
+    maps = _load_latent(data) if suffix.endswith(LATENT_SUFFIX) else _load_pixels(suffix, data, config.size)
+    if maps.shape[0] != config.channels:
+        raise BadSample(f"its .{suffix} has {maps.shape[0]} channels, data.image.channels={config.channels}")
+    if not np.isfinite(maps).all():
+        raise BadSample(f"its .{suffix} holds numbers that are not finite")
+    grid = grid_of(maps.shape[1], maps.shape[2], config)
+    return patchify(maps, config.patch_size), grid
+
+
+def image_segment(suffix: str, data: bytes, config: ImageDataConfig, max_timestep: float) -> Segment:
+    """A member as a segment; a cap of 0 makes it context, not target."""
+    values, grid = decode_image(suffix, data, config)
+    return Segment(IMAGE.name, values=values, grid=grid, bidirectional=True, is_target=max_timestep > 0, max_timestep=max_timestep)
+
+
+def patchify(maps: np.ndarray, side: int) -> np.ndarray:
+    """[channels, H, W] -> [(H / side) * (W / side), channels * side * side] float32."""
+    channels, height, width = maps.shape
+    cut = maps.reshape(channels, height // side, side, width // side, side).transpose(1, 3, 0, 2, 4)
+    return np.ascontiguousarray(cut, dtype=np.float32).reshape(-1, channels * side * side)
+
+
+def _load_latent(data: bytes) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise BadSample(f"its .{LATENT_SUFFIX} is not a numpy array ({error})") from error
+    if array.ndim != 3:
+        raise BadSample(f"its .{LATENT_SUFFIX} has shape {list(array.shape)}, expected [channels, height, width]")
+    return array
+
+
+def _load_pixels(suffix: str, data: bytes, size: int) -> np.ndarray:
+    """Upright, RGB (transparency over white), centre-cropped to a square and resized: [3, size, size] in [-1, 1]."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            image = to_rgb(ImageOps.exif_transpose(opened))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadSample(f"its .{suffix} is not an image that can be read ({error})") from error
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow as RGB: 16-bit grey is scaled, not clipped; transparent pixels become white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,142 @@
+"""A strict reader of tar shards.
+
+Python's `tarfile` takes a damaged header, a cut at a member boundary or a zeroed block for the end of the archive and drops the rest
+without a word. Here each of these is an error that names the shard and the offset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusiontrain.utils.errors import UserError
+
+BLOCK = 512
+CHECKSUM = slice(148, 156)
+REGULAR, LONG_NAME, PAX, PAX_GLOBAL = (b"0", b"\0"), b"L", b"x", b"g"
+NOT_FILES = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar: where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """Neighbouring members of one key: the name up to the first dot of its last part. Suffixes are what follows, in lower case."""
+
+    key: str
+    members: dict[str, Member]
+
+
+def read_members(path: Path) -> Iterator[Member]:
+    """Every regular file of a tar (ustar, pax and GNU long names), in order. Raises UserError at the first damage."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        position, long_name = 0, None
+        while True:
+            header = file.read(BLOCK)
+            if len(header) < BLOCK:
+                raise _damage(path, position, "the file ends without the two empty blocks that end a tar")
+            if not header.strip(b"\0"):
+                _check_end(path, file.read(), position)
+                return
+            length = _check_header(path, header, position)
+            kind, start = header[156:157], position + BLOCK
+            following = start + -(-length // BLOCK) * BLOCK
+            if following > size:
+                raise _damage(path, position, f"a member of {length} bytes goes beyond the end of the file")
+            if kind == LONG_NAME:
+                long_name = file.read(length).rstrip(b"\0").decode()
+            elif kind == PAX:
+                long_name = _pax_path(file.read(length)) or long_name
+            elif kind in REGULAR:
+                yield Member(long_name or _name(header), start, length)
+                long_name = None
+            elif kind in NOT_FILES:
+                long_name = None
+            elif kind != PAX_GLOBAL:
+                raise _damage(path, position, f"members of type {kind!r} are not supported")
+            position = following
+            file.seek(position)
+
+
+def read_samples(path: Path) -> Iterator[TarSample]:
+    """The samples of a webdataset shard. Raises UserError where the members of a sample are not neighbours or a name comes twice."""
+    seen: set[str] = set()
+    key, members = None, {}
+    for member in read_members(path):
+        folder, _, base = member.name.removeprefix("./").rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if not dot or base.startswith("."):
+            continue
+        this_key = f"{folder}/{stem}" if folder else stem
+        if this_key != key:
+            if key is not None:
+                yield TarSample(key, members)
+            if this_key in seen:
+                raise UserError(f"{path}: sample {this_key!r} at offset {member.offset}: its members are not neighbours, write the shard anew")
+            seen.add(this_key)
+            key, members = this_key, {}
+        if suffix.lower() in members:
+            raise UserError(f"{path}: sample {this_key!r}: member .{suffix} comes twice, the second at offset {member.offset}")
+        members[suffix.lower()] = member
+    if key is not None:
+        yield TarSample(key, members)
+
+
+def read_bytes(descriptor: int, offset: int, size: int) -> bytes:
+    """`size` bytes at `offset` of an open file, without moving its position. Raises OSError when the file is shorter."""
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise OSError(f"{len(data)} bytes instead of {size} at offset {offset}")
+    return data
+
+
+def _check_header(path: Path, header: bytes, position: int) -> int:
+    """The member's size, after the header's checksum was found right."""
+    blanked = header[: CHECKSUM.start] + b" " * 8 + header[CHECKSUM.stop :]
+    try:
+        stored = int(header[CHECKSUM].rstrip(b"\0 ").lstrip() or b"0", 8)
+        field = header[124:136]
+        length = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ").lstrip() or b"0", 8)
+    except ValueError as error:
+        raise _damage(path, position, "a header is unreadable") from error
+    if stored != sum(blanked):
+        raise _damage(path, position, "a header does not match its checksum")
+    return length
+
+
+def _check_end(path: Path, rest: bytes, position: int) -> None:
+    if len(rest) < BLOCK:
+        raise _damage(path, position, "the file ends after one empty block, a tar ends with two")
+    if rest.strip(b"\0"):
+        raise _damage(path, position, "an empty block lies in the middle of the file")
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].split(b"\0")[0]
+    prefix = header[345:500].split(b"\0")[0] if header[257:262] == b"ustar" and header[262:264] == b"\0" + b"0" else b""
+    return (prefix + b"/" + name if prefix else name).decode()
+
+
+def _pax_path(records: bytes) -> str | None:
+    """The `path` of a pax header: records of `<length> <key>=<value>\\n`."""
+    while records:
+        length, _, _ = records.partition(b" ")
+        record, records = records[: int(length)], records[int(length) :]
+        key, _, value = record[len(length) + 1 :].rstrip(b"\n").partition(b"=")
+        if key == b"path":
+            return value.decode()
+    return None
+
+
+def _damage(path: Path, position: int, what: str) -> UserError:
+    return UserError(f"{path}: damaged at offset {position}: {what}; fetch or write the shard anew")

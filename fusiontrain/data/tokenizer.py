@@ -1,0 +1,90 @@
+"""Text to token ids: any Hugging Face `tokenizer.json`, or bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tokenizers
+
+from fusiontrain.config.schema import Config, TokenizerConfig
+from fusiontrain.utils.errors import UserError
+
+BYTES = "bytes"
+TOKENIZER_FILE = "tokenizer.json"
+NUM_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """encode adds no special tokens; decode leaves them out. `json` is the file's content, None for bytes."""
+
+    vocab_size: int
+    begin_text_id: int | None
+    end_text_id: int
+    begin_image_id: int
+    end_image_id: int
+    fingerprint: str
+    json: str | None
+    encode: Callable[[str], list[int]] = field(repr=False)
+    decode: Callable[[Sequence[int]], str] = field(repr=False)
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of `data.tokenizer.path`, or of the base's folder. Raises UserError where it, or a special token, is missing."""
+    path = config.data.tokenizer.path or config.model.base
+    if path is None:
+        raise UserError("data.tokenizer.path: must be given where there is no model.base: a folder, a tokenizer.json, or 'bytes'")
+    return byte_tokenizer(config.data.tokenizer) if path == BYTES else _from_file(path, config.data.tokenizer)
+
+
+def byte_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Byte b is token b; then begin of text, end of text, begin of image, end of image: 260 tokens."""
+    return Tokenizer(
+        vocab_size=NUM_BYTES + 4,
+        begin_text_id=None if config.begin_text_token is None else NUM_BYTES,
+        end_text_id=NUM_BYTES + 1,
+        begin_image_id=NUM_BYTES + 2,
+        end_image_id=NUM_BYTES + 3,
+        fingerprint=f"bytes, begin_text={config.begin_text_token is not None}",
+        json=None,
+        encode=lambda text: list(text.encode()),
+        decode=lambda ids: bytes(token for token in ids if token < NUM_BYTES).decode(errors="replace"),
+    )
+
+
+def _from_file(path: str, config: TokenizerConfig) -> Tokenizer:
+    file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"{file}: no such tokenizer; set data.tokenizer.path to a folder with a {TOKENIZER_FILE}, or to 'bytes'")
+    text = file.read_text(encoding="utf-8")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{file}: not a tokenizer that can be read ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def special(key: str) -> int:
+        name = getattr(config, key)
+        number = tokenizer.token_to_id(name)
+        if number is None:
+            raise UserError(f"data.tokenizer.{key}={name!r}: {file} has no such token; name one of its own (a reserved one will do)")
+        return number
+
+    ids = {key: special(key) for key in ("end_text_token", "begin_image_token", "end_image_token")}
+    begin = None if config.begin_text_token is None else special("begin_text_token")
+    digest = hashlib.sha256(repr([text, begin, *sorted(ids.items())]).encode()).hexdigest()
+    return Tokenizer(
+        vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
+        begin_text_id=begin,
+        end_text_id=ids["end_text_token"],
+        begin_image_id=ids["begin_image_token"],
+        end_image_id=ids["end_image_token"],
+        fingerprint=digest,
+        json=text,
+        encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+    )
