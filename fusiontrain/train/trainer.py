@@ -52,8 +52,6 @@ class Reporter(Protocol):
     def event(self, text: str) -> None:
         """What happens now and then: an evaluation, a checkpoint, a skipped update."""
 
-    def finished(self) -> None: ...
-
 
 @dataclass(frozen=True)
 class StepTotals:
@@ -108,8 +106,12 @@ class Trainer:
             if stopping or self._due(config.checkpoint.every_steps) or self._is_last():
                 self._save()
             self._require_progress(result)
-        self.reporter.finished()
         return not stopping
+
+    def close(self) -> None:
+        """Close the files of the run."""
+        if self.writer is not None:
+            self.writer.close()
 
     def _step(self, micro_batches: Sequence[Batch], rate: float) -> tuple[StepCounts, StepResult]:
         """One optimizer step, and what it counted over all ranks."""

@@ -1,0 +1,117 @@
+"""From a sample's pieces to a document: what stands in it, in which order, and between which markers.
+
+`arrange` decides from numbers alone, so the plan (which has only the index) and the executor (which has the bytes) agree on every length.
+A document is `[BOS] text ... BOI <patches> EOI text ... EOS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusiontrain.config.schema import DataConfig, SourceConfig
+from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.pieces import Sample
+from fusiontrain.data.formats.pieces import Fields
+from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
+from fusiontrain.data.modalities.image import image_segment
+from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.modality import IMAGE, TEXT
+from fusiontrain.types import Document, Segment, SourceRef
+from fusiontrain.utils.keyed import keyed_uniform
+
+MARKERS_PER_IMAGE = 2  # BOI and EOI
+_ORDER_DRAW, _DROPOUT_DRAW = 1, 2
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of one visit to one document, keyed by (seed, epoch, source, sample)."""
+
+    image_first: bool
+    drop_condition: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """A piece in a document: its number in the sample and how many of its tokens are kept (patches for images)."""
+
+    piece: int
+    kind: int
+    num_tokens: int
+
+
+def draw(data: DataConfig, source: SourceConfig, key: tuple[int, ...], training: bool) -> Draws:
+    """The choices for a document; validation never drops a condition."""
+    dropout = data.condition_dropout if training and IMAGE.name in data.modalities else 0.0
+    return Draws(
+        image_first=keyed_uniform(*key, _ORDER_DRAW) < source.image_first_probability,
+        drop_condition=keyed_uniform(*key, _DROPOUT_DRAW) < dropout,
+    )
+
+
+def arrange(
+    kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: Draws, data: DataConfig, begins: bool
+) -> tuple[tuple[Place, ...], int, bool]:
+    """(places in reading order, length of the document in tokens, whether it was cut to `data.sequence_length`).
+
+    kinds and tokens: of the sample's pieces, in its own order; for images their patches. begins: the tokenizer has a BOS.
+    """
+    order = list(range(len(kinds)))
+    if is_pair and draws.image_first:
+        order.reverse()
+    images = [piece for piece in order if kinds[piece] == IMAGE_PIECE]
+    if draws.drop_condition and len(images) == 1 and order[-1] == images[0]:
+        order = images
+    with_patches = IMAGE.name in data.modalities
+    room = data.sequence_length - 1 - begins
+    places: list[Place] = []
+    for piece in order:
+        is_image = kinds[piece] == IMAGE_PIECE
+        markers = MARKERS_PER_IMAGE if is_image else 0
+        wanted = 0 if is_image and not with_patches else tokens[piece]
+        kept = wanted if is_image else min(wanted, room)
+        if markers + kept > room or (not is_image and not kept and wanted):
+            return tuple(places), data.sequence_length - room, True
+        places.append(Place(piece, kinds[piece], kept))
+        room -= markers + kept
+        if kept < wanted:
+            return tuple(places), data.sequence_length - room, True
+    return tuple(places), data.sequence_length - room, False
+
+
+def build_document(
+    sample: Sample, read: Fields, places: Sequence[Place], data: DataConfig, tokenizer: Tokenizer, source: SourceRef
+) -> Document:
+    """The document that `places` describe. Raises BadSample when the bytes do not give what the index promised."""
+    segments: list[Segment] = []
+    text: list[int] = [] if tokenizer.begin_text_id is None else [tokenizer.begin_text_id]
+    for number, place in enumerate(places):
+        piece = sample.pieces[place.piece]
+        if place.kind == TEXT_PIECE:
+            ids = tokenizer.encode(piece.text or "")
+            _require(len(ids) >= place.num_tokens, "a text", len(ids), place.num_tokens)
+            text += ids[: place.num_tokens]
+            continue
+        assert piece.image is not None
+        text.append(tokenizer.begin_image_id)
+        if IMAGE.name in data.modalities:
+            cap = data.image.image_first_noise_cap if number == 0 and len(places) > 1 else 1.0
+            segment = image_segment(piece.image, read(piece.image), data.image, cap)
+            _require(segment.num_tokens == place.num_tokens, "an image", segment.num_tokens, place.num_tokens)
+            segments += [_text(text), segment]
+            text = []
+        text.append(tokenizer.end_image_id)
+    text.append(tokenizer.end_text_id)
+    return Document((*segments, _text(text)), source)
+
+
+def _require(same: bool, what: str, found: int, promised: int) -> None:
+    if not same:
+        raise BadSample(f"{what} has {found} tokens, the index says {promised}: the shard has changed since it was indexed")
+
+
+def _text(ids: list[int]) -> Segment:
+    return Segment(TEXT.name, token_ids=np.array(ids, dtype=np.int64))
