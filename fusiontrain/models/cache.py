@@ -15,7 +15,9 @@ class KVCache:
 
     def __init__(self, num_layers: int, batch_size: int, max_length: int, num_kv_heads: int, head_dim: int, like: torch.Tensor) -> None:
         size = (num_layers, batch_size, max_length, num_kv_heads, head_dim)
-        self.keys, self.values = like.new_zeros(size), like.new_zeros(size)
+        # Not like.new_zeros: of a sharded weight that would be a sharded cache.
+        self.keys = torch.zeros(size, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
 
     @property
