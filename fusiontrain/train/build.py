@@ -62,7 +62,7 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     weights = model_tensors(model, parameters, include_frozen=config.model.base is None)
     tensors = {"model": weights, "optimizer": optimizer_tensors(optimizer, parameters)}
     identity = on_main(lambda: model_identity(config, weights))
-    state = resume(config, ranks, tensors, identity, loader.fingerprint)
+    state = resume(config, ranks, tensors, identity, loader.fields)
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
     return Trainer(
@@ -70,7 +70,7 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     )
 
 
-def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, fingerprint: str) -> TrainState:
+def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, data_fields: dict[str, str]) -> TrainState:
     """Load the checkpoint that `checkpoint.resume` means into `tensors`, and return its state; a new state if there is none."""
     folder = Path(config.run.dir) / "checkpoints"
     # The main rank decides, so that ranks which see a shared disk at different moments still take the same one.
@@ -80,7 +80,7 @@ def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, finge
     else:
         manifest = read_manifest(checkpoint)
         require_same_model(manifest["model"], identity, checkpoint)
-        require_same_data(manifest["state"]["data"], fingerprint, checkpoint)
+        require_same_data(manifest["state"]["data"], data_fields, checkpoint)
         state = load_checkpoint(checkpoint, tensors, ranks)
         logger.info("resumed from %s", checkpoint)
     if ranks.is_main:
@@ -89,12 +89,14 @@ def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, finge
     return state
 
 
-def require_same_data(saved: dict, fingerprint: str, checkpoint: Path) -> None:
-    """Raise UserError where a checkpoint's place in the data means nothing, because the data are others now."""
-    if saved and saved["fingerprint"] != fingerprint:
+def require_same_data(saved: dict, fields: dict[str, str], checkpoint: Path) -> None:
+    """Raise UserError where a checkpoint's place in the data means nothing, because the data or their order are others now."""
+    before = saved.get("fields", fields)
+    changed = [name for name in sorted({*before, *fields}) if before.get(name) != fields.get(name)]
+    if changed:
         raise UserError(
-            f"{checkpoint}: was trained on other data, or data in another order: restore seed, data and train.global_batch_sequences "
-            "as in its config.yaml, or start anew with another run.dir"
+            f"{checkpoint}: was trained on other data or in another order: {', '.join(changed)} changed: restore it as in its config.yaml, "
+            "or start anew with another run.dir"
         )
 
 
