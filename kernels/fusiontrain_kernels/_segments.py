@@ -14,6 +14,11 @@ def check_bounds(operator: str, bounds: tuple[int, ...], num_weights: int, num_r
         raise ValueError(f"{operator}: bounds={bounds}: must rise from 0 to the {num_rows} rows of x in {num_weights} segments")
 
 
+def segments(x: torch.Tensor, bounds: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """The rows of each segment. One split, since slices would each fill a whole gradient of x with zeros in the backward."""
+    return x.split([high - low for low, high in zip(bounds, bounds[1:], strict=False)])
+
+
 def join(parts: list[torch.Tensor]) -> torch.Tensor:
     """Segments one behind the other. Empty ones take part, which is what makes their weights' gradients zero and not None."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

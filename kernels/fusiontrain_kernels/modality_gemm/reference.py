@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from fusiontrain_kernels._segments import check_bounds, join
+from fusiontrain_kernels._segments import check_bounds, join, segments
 
 
 def modality_gemm(
@@ -18,4 +18,4 @@ def modality_gemm(
     biases = [None] * len(weights) if biases is None else biases
     if len(weights) == 1:
         return F.linear(x, weights[0], biases[0])
-    return join([F.linear(x[bounds[m] : bounds[m + 1]], weights[m], biases[m]) for m in range(len(weights))])
+    return join([F.linear(rows, weights[m], biases[m]) for m, rows in enumerate(segments(x, bounds))])

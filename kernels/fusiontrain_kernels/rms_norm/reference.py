@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fusiontrain_kernels._segments import check_bounds, join
+from fusiontrain_kernels._segments import check_bounds, join, segments
 
 
 def rms_norm(x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: tuple[int, ...], eps: float) -> torch.Tensor:
@@ -14,4 +14,4 @@ def rms_norm(x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: tuple[int
     check_bounds("rms_norm", bounds, len(weights), len(x))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return join([weights[m] * normed[bounds[m] : bounds[m + 1]] for m in range(len(weights))])
+    return join([weights[m] * rows for m, rows in enumerate(segments(normed, bounds))])
