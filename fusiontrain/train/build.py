@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusiontrain.config.load import load, to_yaml
 from fusiontrain.config.schema import Config
@@ -89,15 +90,15 @@ def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, data_
     return state
 
 
-def require_same_data(saved: dict, fields: dict[str, str], checkpoint: Path) -> None:
-    """Raise UserError where a checkpoint's place in the data means nothing, because the data or their order are others now."""
-    before = saved.get("fields", fields)
-    changed = [name for name in sorted({*before, *fields}) if before.get(name) != fields.get(name)]
-    if changed:
-        raise UserError(
-            f"{checkpoint}: was trained on other data or in another order: {', '.join(changed)} changed: restore it as in its config.yaml, "
-            "or start anew with another run.dir"
-        )
+def require_same_data(saved: Mapping[str, Any], fields: Mapping[str, str], checkpoint: Path) -> None:
+    """Raise UserError, naming the first difference, where a checkpoint's place in the data means nothing because the data are others now."""
+    before = saved.get("fields", {})
+    for name in sorted({*before, *fields}):
+        if before.get(name) != fields.get(name):
+            raise UserError(
+                f"{checkpoint}: was trained on other data, or on the same in another order: {name} differs; restore it as in the "
+                f"checkpoint's {CONFIG}, or start anew with another run.dir"
+            )
 
 
 def open_run_folder(config: Config, step: int) -> MetricsWriter:

@@ -85,6 +85,10 @@ class Trainer:
     reporter: Reporter
     writer: MetricsWriter | None
 
+    def __post_init__(self) -> None:
+        # Indexing counts its bad samples again in every process; a resumed run has them in its state already.
+        self._counted_before = self.loader.skipped if self.state.step else 0
+
     def run(self) -> bool:
         """Train to `train.steps`, or until any rank is asked to stop. Returns whether it got to the end; a checkpoint is there either way."""
         config, stopping = self.config, False
@@ -109,7 +113,10 @@ class Trainer:
         return not stopping
 
     def close(self) -> None:
-        """Close the files of the run."""
+        """Close the files of the run and its shards."""
+        self.loader.close()
+        if self.validation_loader is not None:
+            self.validation_loader.close()
         if self.writer is not None:
             self.writer.close()
 
@@ -125,9 +132,10 @@ class Trainer:
 
     def _gather_totals(self, data_seconds: float, step_seconds: float) -> StepTotals:
         """One small all-gather, which is also where all ranks agree to stop after the same step."""
-        mine = (float(bool(self.stop)), self.loader.skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
-        stops, skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
-        return StepTotals(any(stops), int(sum(skipped)), max(memory), max(waits), max(seconds))
+        skipped = self.loader.skipped - self._counted_before
+        mine = (float(bool(self.stop)), skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
+        stops, all_skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
+        return StepTotals(any(stops), int(sum(all_skipped)), max(memory), max(waits), max(seconds))
 
     def _values(self, counts: StepCounts, result: StepResult, totals: StepTotals, rate: float) -> dict[str, Any]:
         """The step's line in metrics.jsonl."""
