@@ -9,12 +9,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusiontrain.cli import demo_stages as stages
 from fusiontrain.cli.common import add_json_argument, note, print_json
 from fusiontrain.cli.demo_report import TARGETS, write_pictures, write_report
 from fusiontrain.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontrain.generate.score import Judged
 
 MARKER = "fusiontrain-demo"
 """A file that says: this folder was made by the demo, which may empty it."""
@@ -92,17 +95,17 @@ class Demo:
         with self._stage("compare text logits with the Llama's"):
             identical, tokens = stages.text_logits_identical(self.fusion, self.llama)
         with self._stage("paint, caption and judge"):
-            scores, samples = self._judge()
+            judged, samples = self._judge()
         rows = stages.read_metrics(self.fusion)
         report = {
             "text_logits_identical": identical,
             "resume_identical": same,
-            **{name: scores["summary"][name] for name in TARGETS},
+            **judged.summary,
             **{f"loss/{name}": _start_and_end(rows, f"loss/{name}") for name in ("text", "image")},
             "tokens_per_second": stages.mean_of(rows, "tokens_per_second"),
             "seconds": time.monotonic() - started,
             "samples": samples,
-            "scores": scores,
+            "scores": judged.details,
             "stage_seconds": self.seconds,
             "objective": self._fusion_config().objective.image,
             "steps": len(rows),
@@ -188,13 +191,12 @@ class Demo:
         stages.train(config, replay, self._fusion_overrides(), self.processes, self._progress, stop, resume=str(before[-1]))
         return stages.same_steps(self.fusion, replay)
 
-    def _judge(self) -> tuple[dict[str, Any], list[dict[str, str]]]:
-        from fusiontrain.generate.score import score_model
-        from fusiontrain.train.build import load_for_inference
+    def _judge(self) -> tuple[Judged, list[dict[str, str]]]:
+        from fusiontrain.generate.score import judge_model
 
-        model, config, tokenizer = load_for_inference(self.fusion)
-        scores, prompts, pictures = score_model(model, tokenizer, config, self.world, self.size.judged, self.seed)
-        return scores, write_pictures(self.out, prompts, pictures, self.size.sheet)
+        model, config, tokenizer = stages.load_newest(self.fusion)
+        judged = judge_model(model, tokenizer, config, self.world, self.size.judged, self.seed)
+        return judged, write_pictures(self.out, judged.prompts, judged.pictures, self.size.sheet)
 
     # ---------------------------------------------------------------- words
 

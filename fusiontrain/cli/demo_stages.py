@@ -12,9 +12,14 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusiontrain.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontrain.config.schema import Config
+    from fusiontrain.data.tokenizer import Tokenizer
+    from fusiontrain.models.fusion import FusionModel
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, step, steps) while a training runs."""
@@ -101,12 +106,22 @@ def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[byte
             process.kill()
 
 
+def load_newest(run: Path) -> tuple[FusionModel, Config, Tokenizer]:
+    """Model, config and tokenizer of a run's newest checkpoint."""
+    from fusiontrain.train.build import load_for_inference
+    from fusiontrain.train.checkpoint import list_checkpoints
+
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        raise UserError(f"{run}: holds no complete checkpoint")
+    return load_for_inference(checkpoints[-1])
+
+
 def export_base(run: Path, folder: Path) -> None:
     """The newest checkpoint of a dense run as a Hugging Face Llama folder, tokenizer included."""
     from fusiontrain.models.hf import export_llama
-    from fusiontrain.train.build import load_for_inference
 
-    model, _, tokenizer = load_for_inference(run)
+    model, _, tokenizer = load_newest(run)
     export_llama(model, str(folder), tokenizer.json)
 
 
@@ -118,15 +133,14 @@ def same_steps(original: Path, replay: Path) -> tuple[bool, int]:
     return bool(pairs) and all(before == after for before, after in pairs), len(pairs)
 
 
-def text_logits_identical(checkpoint: Path, llama: Path) -> tuple[bool, int]:
+def text_logits_identical(run: Path, llama: Path) -> tuple[bool, int]:
     """Whether the trained model gives validation texts bit for bit the logits of the Llama it came from; and on how many tokens."""
     import torch
 
     from fusiontrain.data.loader import Loader
     from fusiontrain.models.build import build_model
-    from fusiontrain.train.build import load_for_inference
 
-    model, config, tokenizer = load_for_inference(checkpoint)
+    model, config, tokenizer = load_newest(run)
     data = config.data.model_copy(update={"modalities": ("text",)})
     dense_model = config.model.model_copy(update={"recipe": "dense", "base": str(llama)})
     dense = build_model(config.model_copy(update={"data": data, "model": dense_model}))

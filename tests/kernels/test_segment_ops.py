@@ -1,0 +1,145 @@
+"""Per-modality GEMM and RMS norm, SwiGLU and RoPE: against loops, against Hugging Face's Llama, and with empty modalities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fusiontrain_kernels.modality_gemm import modality_gemm
+from fusiontrain_kernels.rms_norm import rms_norm
+from fusiontrain_kernels.rope import rope
+from fusiontrain_kernels.swiglu import swiglu
+
+BOUNDS = [(0, 3, 7), (0, 0, 7), (0, 7, 7), (0, 2, 2, 7), (0, 7)]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+def owner(bounds: tuple[int, ...], row: int) -> int:
+    return next(m for m in range(len(bounds) - 1) if bounds[m] <= row < bounds[m + 1])
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gemm_equals_loops(bounds: tuple[int, ...], with_bias: bool) -> None:
+    x, weights = normal(7, 5), list(normal(len(bounds) - 1, 3, 5))
+    biases = list(normal(len(bounds) - 1, 3)) if with_bias else None
+    out = modality_gemm(x, weights, bounds, biases)
+    for row in range(7):
+        for column in range(3):
+            m = owner(bounds, row)
+            expected = sum(float(x[row, i] * weights[m][column, i]) for i in range(5)) + (float(biases[m][column]) if biases else 0)
+            assert math.isclose(float(out[row, column]), expected, rel_tol=0, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_norm_equals_loops(bounds: tuple[int, ...]) -> None:
+    x, weights = normal(7, 5), list(normal(len(bounds) - 1, 5))
+    out = rms_norm(x, weights, bounds, 0.01)
+    for row in range(7):
+        scale = 1 / math.sqrt(sum(float(v) ** 2 for v in x[row]) / 5 + 0.01)
+        for column in range(5):
+            expected = float(weights[owner(bounds, row)][column] * x[row, column]) * scale
+            assert math.isclose(float(out[row, column]), expected, rel_tol=0, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_gradients(bounds: tuple[int, ...]) -> None:
+    count = len(bounds) - 1
+    x = normal(7, 5).requires_grad_()
+    matrices = [w.clone().requires_grad_() for w in normal(count, 3, 5)]
+    gains = [w.clone().requires_grad_() for w in normal(count, 5)]
+    assert torch.autograd.gradcheck(lambda x, *w: modality_gemm(x, w, bounds), (x, *matrices))
+    assert torch.autograd.gradcheck(lambda x, *w: rms_norm(x, w, bounds, 0.01), (x, *gains))
+
+
+@pytest.mark.parametrize("x_needs_grad", [False, True])
+@pytest.mark.parametrize("bounds", [(0, 4, 4), (0, 0, 4), (0, 0, 0)])
+def test_a_modality_without_rows_has_zero_gradients_and_not_none(bounds: tuple[int, ...], x_needs_grad: bool) -> None:
+    x = normal(bounds[-1], 5).requires_grad_(x_needs_grad)
+    matrices = [w.clone().requires_grad_() for w in normal(2, 3, 5)]
+    gains = [w.clone().requires_grad_() for w in normal(2, 5)]
+    (modality_gemm(x, matrices, bounds).square().sum() + rms_norm(x, gains, bounds, 0.01).square().sum()).backward()
+    for m in range(2):
+        is_empty = bounds[m] == bounds[m + 1]
+        for weight in (matrices[m], gains[m]):
+            assert weight.grad is not None
+            assert bool((weight.grad == 0).all()) == is_empty
+
+
+def test_the_output_needs_grad_when_only_an_empty_modality_learns() -> None:
+    """Text frozen, no image on this rank: the image weights must still be reached."""
+    frozen, live = normal(3, 5), normal(3, 5).requires_grad_()
+    out = modality_gemm(normal(4, 5), [frozen, live], (0, 4, 4))
+    out.sum().backward()
+    assert live.grad is not None and not live.grad.any()
+    assert torch.equal(out.detach(), normal(4, 5) @ frozen.T)
+
+
+@pytest.mark.parametrize("count", [1, 37, 300])
+def test_text_rows_keep_their_bits_beside_an_empty_modality(count: int) -> None:
+    x, weight, gain = normal(count, 64, dtype=torch.float32), normal(96, 64, dtype=torch.float32), normal(64, dtype=torch.float32)
+    assert torch.equal(modality_gemm(x, [weight, -weight], (0, count, count)), modality_gemm(x, [weight], (0, count)))
+    assert torch.equal(rms_norm(x, [gain, -gain], (0, count, count), 1e-5), rms_norm(x, [gain], (0, count), 1e-5))
+
+
+@pytest.mark.parametrize("bounds", [(0, 3), (1, 3, 7), (0, 5, 3, 7), (0, 3, 6), (0, 9, 7)])
+def test_bounds_that_do_not_fit_are_refused(bounds: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="modality_gemm: bounds="):
+        modality_gemm(normal(7, 5), list(normal(2, 3, 5)), bounds)
+    with pytest.raises(ValueError, match="rms_norm: bounds="):
+        rms_norm(normal(7, 5), list(normal(2, 5)), bounds, 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_arithmetic_of_hugging_face(dtype: torch.dtype) -> None:
+    """Equal to the bit, so that only the order of sums inside GEMMs and attention separates our logits from theirs."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+    x, gain = 3 * normal(9, 16, dtype=dtype), normal(16, dtype=dtype)
+    theirs = LlamaRMSNorm(16, eps=1e-5).to(dtype)
+    theirs.weight.data.copy_(gain)
+    assert torch.equal(rms_norm(x, [gain], (0, 9), 1e-5), theirs(x).detach())
+
+    q, k = normal(9, 4, 8, dtype=dtype), normal(9, 2, 8, dtype=dtype)
+    angles = torch.arange(9)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01]).repeat(2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
+    assert torch.equal(rope(q, cos, sin), expected[0][0].transpose(0, 1))
+    assert torch.equal(rope(k, cos, sin), expected[1][0].transpose(0, 1))
+
+    gate, up = normal(9, 24, dtype=dtype), normal(9, 25, dtype=dtype)[:, 1:]
+    assert torch.equal(swiglu(gate, up), torch.nn.SiLU()(gate) * up)
+
+
+def test_rope_turns_pairs_by_the_angle() -> None:
+    x, angles = normal(5, 2, 6), normal(5, 3)
+    out = rope(x, angles.repeat(1, 2).cos(), angles.repeat(1, 2).sin())
+    for row in range(5):
+        for i in range(3):
+            pair = torch.complex(x[row, :, i], x[row, :, i + 3]) * torch.polar(torch.tensor(1.0).double(), angles[row, i])
+            torch.testing.assert_close(torch.stack([out[row, :, i], out[row, :, i + 3]]), torch.stack([pair.real, pair.imag]))
+
+
+def test_swiglu_equals_its_formula_and_gradients() -> None:
+    gate, up = normal(4, 3).requires_grad_(), normal(4, 4)[:, :3].clone().requires_grad_()
+    torch.testing.assert_close(swiglu(gate, up), gate / (1 + torch.exp(-gate)) * up)
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: modality_gemm(normal(2, 2), [normal(2, 2)], (0, 2), impl="fast"),
+        lambda: rms_norm(normal(2, 2), [normal(2)], (0, 2), 0.1, impl="fast"),
+        lambda: swiglu(normal(2, 2), normal(2, 2), impl="fast"),
+        lambda: rope(normal(2, 2, 2), normal(2, 2), normal(2, 2), impl="fast"),
+    ],
+)
+def test_unknown_impl_names_the_choices(call) -> None:
+    with pytest.raises(ValueError, match=r"impl='fast': choose one of auto, reference"):
+        call()
