@@ -10,6 +10,7 @@ import torch
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.collate import collate
+from fusiontrain.data.world import make_world
 from fusiontrain.models.build import build_model
 from fusiontrain.models.hf import export_llama
 from fusiontrain.testing.batches import random_documents
@@ -66,3 +67,33 @@ def full_tensors(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.
         name: None if tensor is None else (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
         for name, tensor in tensors.items()
     }
+
+
+def world_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """LMFusion on a small demo world: `folder/world` and `folder/base` are made where they are missing, the run goes to `folder/run`."""
+    if not (folder / "world").is_dir():
+        make_world(folder / "world", 40, seed=1)
+        write_base(folder / "base")
+    return lmfusion_config(
+        str(folder / "base"),
+        {
+            "seed": 3,
+            "run.dir": str(folder / "run"),
+            "data.sources": [{"path": str(folder / "world" / "train")}],
+            "data.validation_sources": [{"path": str(folder / "world" / "validation")}],
+            "data.sequence_length": 256,
+            "data.pack_window_documents": 16,
+            "data.condition_dropout": 0.1,
+            "objective.image": "flow_matching",
+            "optimizer.warmup_steps": 2,
+            "train.steps": 4,
+            "train.global_batch_sequences": 4,
+            "train.threads": 1,
+            "checkpoint.every_steps": 2,
+            "evaluate.every_steps": 2,
+            "evaluate.batches": 1,
+            "sample.prompts": ["a red circle."],
+            "sample.every_steps": 4,
+            **(overrides or {}),
+        },
+    )

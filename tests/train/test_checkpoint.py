@@ -1,0 +1,181 @@
+"""A checkpoint is complete or it does not exist, and it is what was written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusiontrain.parallel.mesh import Ranks
+from fusiontrain.train import checkpoint as module
+from fusiontrain.train.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    set_aside_newer,
+    verify_checkpoint,
+)
+from fusiontrain.train.identity import first_difference, folder_identity
+from fusiontrain.train.state import TrainState
+from fusiontrain.utils.errors import UserError
+
+MODEL = {"recipe": "dense", "config": {"recipe": "dense"}, "tensors": {"weight": [3, 2]}, "folders": {}}
+
+
+def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"weight": torch.full((3, 2), value)}, "optimizer": {"weight.step": torch.tensor(value)}}
+
+
+def save(folder: Path, step: int, keep_last: int = 9) -> Path:
+    return save_checkpoint(folder, TrainState(step=step, data={"step": step}), tensors(float(step)), MODEL, "seed: 0\n", Ranks(), keep_last)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    assert path.name == "step-00000007" and names(tmp_path) == [path.name]
+    target = tensors(0.0)
+    weight = target["model"]["weight"]
+    state = load_checkpoint(path, target, Ranks())
+    assert state == TrainState(step=7, data={"step": 7})
+    assert weight.eq(7).all() and target["optimizer"]["weight.step"] == 7, "tensors are filled in place"
+    assert (path / "config.yaml").read_text() == "seed: 0\n"
+    manifest = read_manifest(path)
+    assert set(manifest["files"]) == {"__0_0.distcp", ".metadata", "config.yaml"}
+    assert (manifest["step"], manifest["world_size"], manifest["versions"]["torch"]) == (7, 1, torch.__version__)
+    assert verify_checkpoint(path) == []
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save_checkpoint(tmp_path, TrainState(step=1), tensors(5.0), MODEL, "", Ranks(), 9)
+    target = tensors(0.0)
+    load_checkpoint(path, target, Ranks())
+    assert target["model"]["weight"].eq(5).all() and names(tmp_path) == [path.name]
+
+
+def test_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
+    (tmp_path / "step-00000002.tmp").mkdir(parents=True)
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step, keep_last=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000010"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == names(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["sha256_of", "_write_manifest", "_publish", "_sync_folder"])
+def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The process dies at a moment of its second save; what is found afterwards is the first one, whole."""
+    save(tmp_path, 1)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(module, moment, lambda *_: os._exit(9))
+        save(tmp_path, 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / "step-00000002.tmp").is_dir(), "the kill came too early to test anything"
+    found = find_checkpoint("auto", tmp_path)
+    assert found is not None and found.name == "step-00000001" and verify_checkpoint(found) == []
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (lambda path: flip(path / "__0_0.distcp", 700), "__0_0.distcp: does not match its sha256"),
+        (lambda path: flip(path / ".metadata", 50), r"\.metadata: does not match its sha256"),
+        (lambda path: os.truncate(path / "__0_0.distcp", 100), "has 100 bytes instead of"),
+        (lambda path: (path / "config.yaml").unlink(), "config.yaml: is missing"),
+        (lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text().replace('"step": 4', '"step": 5')), "own checksum"),
+        (lambda path: (path / "manifest.json").write_text("{"), "is not readable"),
+        (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+    ],
+)
+def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], None], word: str) -> None:
+    path = save(tmp_path, 4)
+    damage(path)
+    target = tensors(0.0)
+    with pytest.raises(UserError, match=word):
+        load_checkpoint(path, target, Ranks())
+    assert target["model"]["weight"].eq(0).all(), "nothing was loaded"
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    path = save(tmp_path, 4)
+    text = (path / "manifest.json").read_text()
+    for place in range(0, len(text), 37):
+        if text[place].isalnum():
+            (path / "manifest.json").write_text(text[:place] + ("x" if text[place] != "x" else "y") + text[place + 1 :])
+            with pytest.raises(UserError):
+                read_manifest(path)
+
+
+def test_what_resume_means(tmp_path: Path) -> None:
+    assert find_checkpoint("auto", tmp_path / "nothing") is None
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    (tmp_path / "step-00000003").mkdir()  # no manifest: not complete
+    assert find_checkpoint("none", tmp_path) is None
+    assert find_checkpoint("auto", tmp_path) == newer
+    assert find_checkpoint(str(older), tmp_path) == older
+    with pytest.raises(UserError, match="step-00000003: no complete checkpoint"):
+        find_checkpoint(str(tmp_path / "step-00000003"), tmp_path)
+
+
+def test_going_back_sets_the_abandoned_future_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    set_aside_newer(tmp_path, 1)
+    assert names(tmp_path) == ["step-00000001", "step-00000002.stale", "step-00000003.stale"]
+    assert find_checkpoint("auto", tmp_path) == tmp_path / "step-00000001"
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FORMAT_VERSION", 2)
+    path = save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="format 2"):
+        read_manifest(path)
+
+
+def test_the_first_difference_of_two_models(tmp_path: Path) -> None:
+    saved = {
+        "config": {"recipe": "dense", "base": "a", "dim": 8, "image": {"vae": None, "patcher": "unet"}},
+        "tensors": {"a": [1], "b": [2]},
+        "folders": {"base": {"path": "/a", "sha256": "1"}},
+    }
+
+    def changed(**values) -> str | None:
+        return first_difference(saved, json.loads(json.dumps({**saved, **values})))
+
+    assert changed() is None
+    assert changed(config={**saved["config"], "base": "elsewhere"}) is None, "a folder may move"
+    assert changed(config={**saved["config"], "recipe": "lmfusion", "dim": 9}) == "model.recipe is 'dense' there and 'lmfusion' here"
+    assert "model.image.patcher is 'unet' there" in str(changed(config={**saved["config"], "image": {"vae": None, "patcher": "linear"}}))
+    assert "its base was /a, and /b has other weights" in str(changed(folders={"base": {"path": "/b", "sha256": "2"}}))
+    assert changed(tensors={"a": [1], "b": [3]}) == "b is [2] there and [3] here"
+    assert changed(tensors={"a": [1]}) == "b is [2] there and absent here"
+
+
+def test_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    for name, content in (("one", b"x"), ("copy", b"x"), ("other", b"y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    digests = {name: folder_identity(tmp_path / name)["sha256"] for name in ("one", "copy", "other")}
+    assert digests["one"] == digests["copy"] != digests["other"]
+    with pytest.raises(UserError, match="no .safetensors"):
+        folder_identity(tmp_path)
