@@ -16,7 +16,7 @@ def check_bounds(operator: str, bounds: tuple[int, ...], num_weights: int, num_r
 
 def segments(x: torch.Tensor, bounds: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """The rows of each segment. One split, since slices would each fill a whole gradient of x with zeros in the backward."""
-    return x.split([high - low for low, high in zip(bounds, bounds[1:], strict=False)])
+    return x.split([high - low for low, high in itertools.pairwise(bounds)])
 
 
 def join(parts: list[torch.Tensor]) -> torch.Tensor:

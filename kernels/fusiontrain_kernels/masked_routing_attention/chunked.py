@@ -36,16 +36,14 @@ def masked_routing_attention(
         return torch.zeros_like(q)
     plan = _make_plan(key_ranges)
     # One gather and one split each: a gather per chunk would make the backward fill a [T, K, Dh] buffer per chunk.
-    chunks = zip(
-        q.split(plan.num_rows), k[plan.keys].split(plan.num_keys), v[plan.keys].split(plan.num_keys), plan.masks, strict=True
-    )
+    chunks = zip(q.split(plan.num_rows), k[plan.keys].split(plan.num_keys), v[plan.keys].split(plan.num_keys), plan.masks, strict=True)
     return torch.cat([_attend(*chunk, scale) for chunk in chunks])
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """q [n, H, Dh], k and v [m, K, Dh], mask [n, m] -> [n, H, Dh]."""
-    if len(k) == 0:
-        return torch.zeros_like(q)
+    if len(k) == 0:  # zeros that still depend on all three, so that their gradients are zero and not None
+        return torch.zeros_like(q) + (q[:0].sum() + k.sum() + v.sum())
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)

@@ -1,0 +1,279 @@
+"""DDPM and flow matching against loops written from their formulas, and their samplers with an oracle for a model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fusiontrain.objectives.ddpm import Ddpm, cosine_alpha_bar
+from fusiontrain.objectives.flow_matching import FlowMatching
+from fusiontrain.types import Payload
+
+Objective = Ddpm | FlowMatching
+BOTH = pytest.mark.parametrize("objective", [Ddpm(1000), FlowMatching(3.0)], ids=["ddpm", "flow"])
+GRIDS = ((2, 3), (1, 1), (2, 2))
+
+
+def payload(
+    draws: tuple[float, ...] = (0.2, 0.5, 0.9),
+    caps: tuple[float, ...] = (1.0, 1.0, 1.0),
+    targets: tuple[bool, ...] = (True, True, True),
+    grids: tuple[tuple[int, int], ...] = GRIDS,
+    channels: int = 4,
+) -> Payload:
+    sizes = torch.tensor([rows * columns for rows, columns in grids], dtype=torch.int64)
+    return Payload(
+        values=normal(int(sizes.sum()), channels, seed=1),
+        image_ids=torch.repeat_interleave(sizes),
+        timesteps=torch.tensor(draws, dtype=torch.float32),
+        max_timesteps=torch.tensor(caps, dtype=torch.float32),
+        noise_keys=torch.arange(len(grids)),
+        is_target=torch.tensor(targets, dtype=torch.bool),
+        grids=grids,
+    )
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def alpha_bar_by_loop(num_timesteps: int) -> list[float]:
+    """Nichol and Dhariwal, section 3.2 (eq 17), betas clipped at 0.999."""
+
+    def f(t: int) -> float:
+        return math.cos((t / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    products = [1.0]
+    for t in range(1, num_timesteps + 1):
+        products.append(products[-1] * (1 - min(1 - (f(t) / f(0)) / (f(t - 1) / f(0)), 0.999)))
+    return products
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 10, 1000])
+def test_cosine_schedule(num_timesteps: int) -> None:
+    actual = cosine_alpha_bar(num_timesteps)
+    expected = torch.tensor(alpha_bar_by_loop(num_timesteps), dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+    assert (actual[1:] < actual[:-1]).all() and actual[-1] > 0
+
+
+def test_schedule_of_the_paper() -> None:
+    """Transfusion 2.2: the root of alpha_bar is about cos(pi / 2 * t / T)."""
+    t = torch.arange(1001, dtype=torch.float64) / 1000
+    assert (cosine_alpha_bar(1000).sqrt() - torch.cos(math.pi / 2 * t)).abs().max() < 0.02
+
+
+def test_ddpm_levels_are_whole_steps_under_the_cap() -> None:
+    objective = Ddpm(10)
+    for cap, largest in ((1.0, 10), (0.5, 5), (0.3, 3), (0.0, 0), (0.01, 0)):
+        draws = [i / 1000 for i in range(1000)] + [1.0]  # 1.0: what a draw just below it becomes in float32
+        grids = ((1, 1),) * len(draws)
+        levels = objective.levels(payload(tuple(draws), (cap,) * len(draws), (True,) * len(draws), grids))
+        assert levels.dtype == torch.float32
+        steps = (levels * 10).round().int().tolist()
+        torch.testing.assert_close(levels, torch.tensor(steps) / 10)
+        if largest == 0:
+            assert set(steps) == {0}
+            continue
+        counts = [steps.count(step) for step in range(1, largest + 1)]
+        assert sum(counts) == len(steps) and max(counts) - min(counts) <= 2
+
+
+def test_flow_levels_are_shifted_then_capped() -> None:
+    levels = FlowMatching(3.0).levels(payload((0.0, 0.5, 0.9), (1.0, 0.5, 0.0)))
+    torch.testing.assert_close(levels, torch.tensor([0.0, 0.75 * 0.5, 0.0]))
+    torch.testing.assert_close(FlowMatching(1.0).levels(payload()), torch.tensor([0.2, 0.5, 0.9]))
+
+
+@BOTH
+def test_corrupt_and_target_equal_the_formulas(objective: Objective) -> None:
+    batch = payload()
+    noise, levels = normal(11, 4, seed=2), objective.levels(batch)
+    noised = objective.corrupt(batch.values, noise, levels[batch.image_ids])
+    target = objective.target(batch.values, noise, levels[batch.image_ids])
+    assert noised.dtype == torch.float32
+    products = alpha_bar_by_loop(1000)
+    for token in range(11):
+        level = float(levels[batch.image_ids[token]])
+        for c in range(4):
+            x, eps = float(batch.values[token, c]), float(noise[token, c])
+            if isinstance(objective, Ddpm):
+                share = products[round(level * 1000)]
+                expected, aim = math.sqrt(share) * x + math.sqrt(1 - share) * eps, eps
+            else:
+                expected, aim = (1 - level) * x + level * eps, eps - x
+            assert math.isclose(float(noised[token, c]), expected, abs_tol=1e-6)
+            assert math.isclose(float(target[token, c]), aim, abs_tol=1e-6)
+
+
+@BOTH
+def test_level_zero_is_the_clean_image(objective: Objective) -> None:
+    batch = payload(caps=(0.0, 0.0, 0.0))
+    levels = objective.levels(batch)
+    assert torch.equal(objective.corrupt(batch.values, normal(11, 4, seed=2), levels[batch.image_ids]), batch.values)
+
+
+@BOTH
+@pytest.mark.parametrize("targets", [(True, True, True), (True, False, True), (False, False, False)])
+def test_loss_equals_loops(objective: Objective, targets: tuple[bool, ...]) -> None:
+    batch = payload(targets=targets)
+    noise, levels = normal(11, 4, seed=2), objective.levels(batch)
+    prediction = normal(11, 4, seed=3).requires_grad_()
+    term = objective.loss(prediction, batch, noise, levels)
+    aim = noise if isinstance(objective, Ddpm) else noise - batch.values
+    total = 0.0
+    expected_grad = torch.zeros(11, 4)
+    for image in range(3):
+        tokens = [token for token in range(11) if batch.image_ids[token] == image]
+        if targets[image]:
+            size = len(tokens) * 4
+            total += sum(float((prediction - aim).detach()[t, c]) ** 2 for t in tokens for c in range(4)) / size
+            for token in tokens:
+                expected_grad[token] = 2 * (prediction - aim)[token].detach() / size
+    assert term.sum.dtype == torch.float32 and term.count.dtype == torch.int64
+    assert math.isclose(float(term.sum), total, rel_tol=1e-5, abs_tol=1e-9)
+    assert int(term.count) == sum(targets)
+    (grad,) = torch.autograd.grad(term.sum, prediction)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+@BOTH
+def test_loss_of_bfloat16_predictions_is_float32(objective: Objective) -> None:
+    batch, noise = payload(), normal(11, 4, seed=2)
+    levels = objective.levels(batch)
+    rough = normal(11, 4, seed=3).bfloat16()
+    assert torch.equal(objective.loss(rough, batch, noise, levels).sum, objective.loss(rough.float(), batch, noise, levels).sum)
+
+
+@BOTH
+def test_no_images(objective: Objective) -> None:
+    batch = payload((), (), (), ())
+    prediction = torch.zeros(0, 4, requires_grad=True)
+    levels = objective.levels(batch)
+    assert levels.shape == (0,)
+    assert objective.corrupt(batch.values, batch.values, levels[batch.image_ids]).shape == (0, 4)
+    term = objective.loss(prediction, batch, batch.values, levels)
+    assert term.sum == 0 and term.count == 0
+    assert torch.autograd.grad(term.sum, prediction)[0].shape == (0, 4)
+
+
+@BOTH
+def test_loss_does_not_depend_on_how_images_are_batched(objective: Objective) -> None:
+    batch, noise, prediction = payload(), normal(11, 4, seed=2), normal(11, 4, seed=3)
+    whole = objective.loss(prediction, batch, noise, objective.levels(batch))
+    parts = []
+    for image in range(3):
+        rows = batch.image_ids == image
+        part = payload((0.5,), (1.0,), (True,), (GRIDS[image],))
+        part = Payload(**{**part.__dict__, "values": batch.values[rows]})
+        parts.append(objective.loss(prediction[rows], part, noise[rows], objective.levels(part)).sum)
+    torch.testing.assert_close(sum(parts), whole.sum)
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_sampling_levels_fall_from_one_to_zero(objective: Objective, steps: int) -> None:
+    levels = objective.sampling_levels(steps)
+    assert levels.shape == (steps + 1,) and levels.dtype == torch.float32
+    assert levels[0] == 1 and levels[-1] == 0
+    assert (levels[1:] < levels[:-1]).all()
+
+
+def test_sampling_levels_of_each() -> None:
+    torch.testing.assert_close(FlowMatching(3.0).sampling_levels(2), torch.tensor([1.0, 0.75, 0.0]))
+    assert (Ddpm(1000).sampling_levels(1000) * 1000).round().tolist() == list(range(1000, -1, -1))
+    assert (Ddpm(10).sampling_levels(4) * 10).round().tolist() == [10, 7, 5, 2, 0]
+
+
+@pytest.mark.parametrize(("objective", "steps"), [(Ddpm(10), 11), (Ddpm(10), 0), (FlowMatching(1.0), 0)])
+def test_impossible_numbers_of_steps_are_refused(objective: Objective, steps: int) -> None:
+    with pytest.raises(ValueError, match=f"steps={steps}"):
+        objective.sampling_levels(steps)
+
+
+def oracle(objective: Objective, x: torch.Tensor, clean: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """What a perfect model that knows the clean image would predict."""
+    if isinstance(objective, FlowMatching):
+        return (x - clean) / level
+    share = alpha_bar_by_loop(objective.num_timesteps)[round(float(level) * objective.num_timesteps)]
+    return (x - math.sqrt(share) * clean) / math.sqrt(1 - share)
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [1, 25, 250])
+@pytest.mark.parametrize("clip", [None, 10.0])
+def test_the_sampler_finds_the_image_that_an_oracle_knows(objective: Objective, steps: int, clip: float | None) -> None:
+    clean, x = normal(2, 3, 4, seed=5), normal(2, 3, 4, seed=6)
+    levels = objective.sampling_levels(steps)
+    for i in range(steps):
+        prediction = oracle(objective, x, clean, levels[i])
+        x = objective.step(x, prediction, levels[i], levels[i + 1], normal(2, 3, 4, seed=100 + i), clip=clip)
+        assert x.dtype == torch.float32
+    torch.testing.assert_close(x, clean, rtol=0, atol=5e-3 if steps == 1 else 1e-4)
+
+
+@pytest.mark.parametrize(("level", "next_level"), [(1.0, 0.996), (0.6, 0.5), (0.3, 0.299), (0.001, 0.0)])
+def test_ancestral_step_is_the_posterior_of_ho(level: float, next_level: float) -> None:
+    """Eqs 6 and 7 of Ho et al., with the alphas of a subsequence, one number at a time."""
+    objective = Ddpm(1000)
+    products = alpha_bar_by_loop(1000)
+    now, then = products[round(level * 1000)], products[round(next_level * 1000)]
+    beta = 1 - now / then
+    x, eps, noise = (normal(2, 3, seed=seed).double() for seed in (1, 2, 3))
+    out = objective.step(x, eps, torch.tensor(level), torch.tensor(next_level), noise)
+    for row in range(2):
+        for c in range(3):
+            clean = (float(x[row, c]) - math.sqrt(1 - now) * float(eps[row, c])) / math.sqrt(now)
+            mean = math.sqrt(then) * beta / (1 - now) * clean + math.sqrt(1 - beta) * (1 - then) / (1 - now) * float(x[row, c])
+            variance = (1 - then) / (1 - now) * beta
+            assert math.isclose(float(out[row, c]), mean + math.sqrt(variance) * float(noise[row, c]), rel_tol=1e-7, abs_tol=1e-9)
+
+
+def test_ancestral_sampling_keeps_the_distribution() -> None:
+    """Unit-normal data: E[eps | x_t] = sqrt(1 - alpha_bar) x_t, and what comes out is unit normal again."""
+    objective = Ddpm(1000)
+    x = normal(20000, 1, seed=1).double()
+    levels = objective.sampling_levels(250)
+    for i in range(250):
+        prediction = (1 - objective.alpha_bar[round(float(levels[i]) * 1000)]).sqrt() * x
+        x = objective.step(x, prediction, levels[i], levels[i + 1], normal(20000, 1, seed=2 + i).double())
+    assert abs(x.mean()) < 4 * 20000**-0.5
+    assert abs(x.var() - 1) < 0.03 + 4 * (2 / 20000) ** 0.5
+
+
+def test_euler_step() -> None:
+    x, velocity = normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2)
+    out = FlowMatching(3.0).step(x, velocity, torch.tensor(0.75), torch.tensor(0.5), x)
+    torch.testing.assert_close(out, x - 0.25 * velocity)
+
+
+@BOTH
+def test_a_level_per_image(objective: Objective) -> None:
+    x, prediction, noise = (normal(2, 3, 4, seed=seed) for seed in (1, 2, 3))
+    now, then = torch.tensor([0.9, 0.4]), torch.tensor([0.7, 0.1])
+    out = objective.step(x, prediction, now, then, noise)
+    clean = objective.clean_estimate(x, prediction, now)
+    for i in range(2):
+        torch.testing.assert_close(out[i], objective.step(x[i], prediction[i], now[i], then[i], noise[i]))
+        torch.testing.assert_close(clean[i], objective.clean_estimate(x[i], prediction[i], now[i]))
+
+
+@BOTH
+def test_clean_estimate_inverts_corrupt(objective: Objective) -> None:
+    clean, noise, level = normal(3, 4, seed=1).double(), normal(3, 4, seed=2).double(), torch.tensor([0.1, 0.5, 0.9])
+    noised = objective.corrupt(clean, noise, level)
+    found = objective.clean_estimate(noised, objective.target(clean, noise, level), level)
+    torch.testing.assert_close(found, clean, rtol=0, atol=1e-6)
+
+
+@BOTH
+def test_clip_holds_the_clean_estimate(objective: Objective) -> None:
+    """The last step returns the clean estimate, so it shows the clip."""
+    x, prediction = 5 * normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2)
+    last = objective.sampling_levels(10)[-2:]
+    free = objective.step(x, prediction, *last, torch.zeros_like(x))
+    clipped = objective.step(x, prediction, *last, torch.zeros_like(x), clip=1.0)
+    assert free.abs().max() > 1
+    torch.testing.assert_close(clipped, free.clamp(-1, 1), rtol=0, atol=1e-5)
