@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# One node or many: launch/torchrun.sh CONFIG.yaml [a.b=c ...]
+#   NPROC_PER_NODE  processes per node (default: GPUs of the node, or 2 without)
+#   NNODES          nodes (default 1); then also RDZV_ENDPOINT=host:port of the first node and RDZV_ID, a name for the job
+#   MAX_RESTARTS    how often a failed job starts again, from its newest checkpoint (default 0)
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+source "$here/env.sh"
+gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
+nproc="${NPROC_PER_NODE:-$(( gpus > 0 ? gpus : 2 ))}"
+if [ "${NNODES:-1}" = 1 ]; then
+  rendezvous=(--standalone)
+else
+  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "${RDZV_ID:-fusiontrain}" --rdzv-endpoint "${RDZV_ENDPOINT:?host:port of the first node}")
+fi
+# `--` because torchrun would take the program's options for abbreviations of its own.
+exec python -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m -- fusiontrain train "$@"
