@@ -56,14 +56,14 @@ _PHRASINGS: tuple[tuple[str, str, str], ...] = (
 )
 NUM_PHRASINGS = len(_PHRASINGS)
 _CAPTION_WORDS = frozenset(
-    "a and at the in there is picture shows that one here we see".split()
+    ["a", "and", "at", "the", "in", "there", "is", "picture", "shows", "that", "one", "here", "we", "see"]
     + [word for name in (*SIZES, *COLORS, *SHAPES, *PLACES) for word in name.split()]
 )
 _ATTRIBUTE_OF = {
-    **{word: "size" for word in SIZES},
-    **{word: "color" for word in COLORS},
-    **{word: "shape" for word in SHAPES},
-    **{word: "place" for word in PLACES},
+    **dict.fromkeys(SIZES, "size"),
+    **dict.fromkeys(COLORS, "color"),
+    **dict.fromkeys(SHAPES, "shape"),
+    **dict.fromkeys(PLACES, "place"),
 }
 
 
@@ -127,11 +127,7 @@ def _next_scene(rng: Random, scene: Scene, held_out: bool) -> tuple[str, Scene]:
     if event == "moves":
         moved = SceneObject(item.size, item.color, item.shape, rng.choice(free))
         return f"{told} moves to the {moved.place}.", in_reading_order([*others, moved])
-    allowed = [
-        color
-        for color in COLORS
-        if color != item.color and (held_out or (color, item.shape) not in HELD_OUT_PAIRS)
-    ]
+    allowed = [color for color in COLORS if color != item.color and (held_out or (color, item.shape) not in HELD_OUT_PAIRS)]
     turned = SceneObject(item.size, rng.choice(allowed), item.shape, item.place)
     return f"{told} turns {turned.color}.", in_reading_order([*others, turned])
 
@@ -276,7 +272,5 @@ def _from_fields(members: dict[str, bytes]) -> WorldDocument:
         kind=fields["kind"],
         texts=tuple(fields["texts"]),
         pictures=tuple(None if name is None else np.asarray(Image.open(io.BytesIO(members[name]))) for name in fields["images"]),
-        scenes=tuple(
-            None if scene is None else tuple(SceneObject(**item) for item in scene) for scene in fields["scenes"]
-        ),
+        scenes=tuple(None if scene is None else tuple(SceneObject(**item) for item in scene) for scene in fields["scenes"]),
     )

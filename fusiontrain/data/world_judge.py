@@ -134,12 +134,12 @@ def _nearest_shape(cover: np.ndarray, y: float, x: float, area: float) -> str:
     for shape, templates in _templates().items():
         for template, template_y, template_x in templates:
             row, column = round(y - template_y) + TILE, round(x - template_x) + TILE
-            for top in (row - 1, row, row + 1):
-                for left in (column - 1, column, column + 1):
-                    common = float(np.minimum(padded[top : top + TILE, left : left + TILE], template).sum())
-                    overlap = common / (area + float(template.sum()) - common)
-                    if overlap > best_overlap:
-                        best, best_overlap = shape, overlap
+            window = padded[row - 1 : row + TILE + 1, column - 1 : column + TILE + 1]
+            shifted = np.lib.stride_tricks.sliding_window_view(window, (TILE, TILE))  # [3, 3, TILE, TILE]
+            common = float(np.minimum(shifted, template).sum(axis=(2, 3)).max())
+            overlap = common / (area + float(template.sum()) - common)
+            if overlap > best_overlap:
+                best, best_overlap = shape, overlap
     return best
 
 

@@ -34,7 +34,7 @@ def _clean(count: int, seed: int) -> list[tuple[tuple[SceneObject, ...], np.ndar
 
 
 def test_judge_reads_clean_pictures():
-    pictures = _clean(1000, seed=0)
+    pictures = _clean(600, seed=0)
     assert np.mean([read_scene(pixels) == scene for scene, pixels in pictures]) >= 0.99
 
 
@@ -43,7 +43,7 @@ def test_judge_reads_noisy_pictures(deviation, share):
     """Gaussian noise on every channel: everything is read with a deviation of 20 of 255 in 99% of pictures, of 40 in 95%."""
     noise = np.random.default_rng(deviation)
     right = []
-    for scene, pixels in _clean(300, seed=1):
+    for scene, pixels in _clean(200, seed=1):
         noisy = np.clip(pixels + noise.normal(0, deviation, pixels.shape), 0, 255).round().astype(np.uint8)
         right.append(read_scene(noisy) == scene)
     assert np.mean(right) >= share
@@ -53,7 +53,7 @@ def test_scores_of_wrong_captions_are_at_chance():
     """Single objects of scenes that have nothing to do with the picture: 1/8 color, 1/4 shape, 1/2 size, 1/5 place."""
     rng = Random(2)
     scores, captions = [], []
-    for _ in range(1500):
+    for _ in range(1000):
         painted, told = (random_scene(rng, held_out=True, num_objects=1) for _ in range(2))
         scores.append(score_picture(np.asarray(render(painted, rng)), told))
         captions.append(score_caption(caption(painted, rng.randrange(NUM_PHRASINGS)), told))
@@ -108,7 +108,7 @@ def test_what_is_no_caption_is_refused(text):
 
 def test_stories_tell_what_the_pictures_show():
     rng = Random(3)
-    documents = [random_document(rng, held_out=True) for _ in range(600)]
+    documents = [random_document(rng, held_out=True) for _ in range(300)]
     kinds = {kind: [document for document in documents if document.kind == kind] for kind in ("paint", "describe", "story", "text")}
     assert all(kinds.values())
     for document in kinds["story"]:
@@ -164,7 +164,7 @@ def test_held_out_pairs_are_only_in_validation(tmp_path):
 
 
 def test_only_worlds_are_replaced(tmp_path):
-    make_world(tmp_path / "world", 2100, seed=0, documents_per_shard=600)
+    make_world(tmp_path / "world", 200, seed=0, documents_per_shard=60)
     make_world(tmp_path / "world", 20, seed=1)
     info = world_info(tmp_path / "world")
     assert info is not None and info["seed"] == 1
