@@ -65,7 +65,7 @@ def read_scene(pixels: np.ndarray) -> Scene:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"pixels {pixels.shape} {pixels.dtype}: expected [H, W, 3] uint8")
     colors = pixels.astype(np.float32)
-    foreground = np.linalg.norm(colors - np.float32(BACKGROUND), axis=2) > FOREGROUND_DISTANCE
+    foreground = np.linalg.norm(colors - np.array(BACKGROUND, dtype=np.float32), axis=2) > FOREGROUND_DISTANCE
     return in_reading_order([_read_object(colors, rows, columns) for rows, columns in _components(foreground)])
 
 
@@ -90,14 +90,14 @@ def _components(mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _read_object(colors: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> SceneObject:
     """The object that one component shows. colors: [H, W, 3] float32 of 0-255."""
-    ground = np.float32(BACKGROUND)
+    ground = np.array(BACKGROUND, dtype=np.float32)
     object_pixels = colors[rows, columns]
     # the half that is furthest from the ground: a border half covered by black is as gray as it is green
     distance = np.linalg.norm(object_pixels - ground, axis=1)
     inside = np.median(object_pixels[distance >= np.median(distance)], axis=0)
-    color = min(COLORS, key=lambda name: float(np.sum((inside - np.float32(COLORS[name])) ** 2)))
+    color = min(COLORS, key=lambda name: float(np.sum((inside - np.array(COLORS[name], dtype=np.float32)) ** 2)))
     # Coverage of each pixel: how far it lies on the way from the ground to the color. Borders count for what they cover.
-    way = np.float32(COLORS[color]) - ground
+    way = np.array(COLORS[color], dtype=np.float32) - ground
     cover = np.clip((colors - ground) @ way / float(way @ way), 0.0, 1.0)
     # one pixel around the component belongs to its antialiased border, but not what noise adds elsewhere
     near = np.zeros(colors.shape[:2], dtype=bool)
