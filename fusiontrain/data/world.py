@@ -197,7 +197,7 @@ def make_world(
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and _read_info(directory) is None):
         raise UserError(f"{directory}: is not empty and not a demo world; choose another directory or empty it")
     num_validation = min(max(1, round(num_documents * validation_share)), num_documents - 1)
-    info = {
+    info: dict[str, Any] = {
         "name": _INFO_NAME,
         "version": 1,
         "complete": False,

@@ -98,9 +98,9 @@ def _read_object(colors: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> S
     color = min(COLORS, key=lambda name: float(np.sum((inside - np.array(COLORS[name], dtype=np.float32)) ** 2)))
     # Coverage of each pixel: how far it lies on the way from the ground to the color. Borders count for what they cover.
     way = np.array(COLORS[color], dtype=np.float32) - ground
-    cover = np.clip((colors - ground) @ way / float(way @ way), 0.0, 1.0)
+    cover = np.clip(np.dot(colors - ground, way) / float(np.dot(way, way)), 0.0, 1.0)
     # one pixel around the component belongs to its antialiased border, but not what noise adds elsewhere
-    near = np.zeros(colors.shape[:2], dtype=bool)
+    near = np.zeros(cover.shape, dtype=bool)
     for d_row, d_column in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
         near[np.clip(rows + d_row, 0, near.shape[0] - 1), np.clip(columns + d_column, 0, near.shape[1] - 1)] = True
     cover = np.where(near, cover, 0.0)

@@ -1,0 +1,60 @@
+"""Small tar shards for tests, written by webdataset's own writer."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from webdataset.writer import TarWriter
+
+
+def png(seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB", format: str = "PNG") -> bytes:
+    """A picture of noise, (width, height) pixels, as the bytes of a file."""
+    channels = {"RGB": 3, "RGBA": 4, "CMYK": 4, "L": 1, "LA": 2}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(), mode=None if mode != "CMYK" else mode).save(buffer, format=format)
+    return buffer.getvalue()
+
+
+def interleaved(texts: Sequence[str | None], images: Sequence[bytes | None]) -> dict[str, Any]:
+    """The members of one interleaved document: parallel lists with None where a place is of the other kind."""
+    names = [None if image is None else f"{place}.png" for place, image in enumerate(images)]
+    members = {name: image for name, image in zip(names, images, strict=True) if name is not None}
+    return {"json": json.dumps({"texts": list(texts), "images": names}).encode(), **members}
+
+
+def write_shard(path: Path, samples: Sequence[Mapping[str, Any]], prefix: str = "sample") -> Path:
+    """One shard with the given members by suffix; keys are `<prefix>-<number>`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TarWriter(str(path), encoder=False) as writer:
+        for number, members in enumerate(samples):
+            writer.write({"__key__": f"{prefix}-{number:04d}", **members})
+    return path
+
+
+def mixed_samples(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Interleaved documents of several shapes: caption then image, image then caption, text alone, a story of two images."""
+    samples = []
+    for number in range(first, first + count):
+        text, image = f"number {number} is told here", png(number)
+        shapes = (
+            ([text, None], [None, image]),
+            ([None, text], [image, None]),
+            ([text], [None]),
+            ([text, None, "and then", None], [None, image, None, png(number + 10_000)]),
+        )
+        samples.append(interleaved(*shapes[number % 4]))
+    return samples
+
+
+def write_shards(folder: Path, shards: int = 2, samples: int = 12) -> str:
+    """A folder of `shards` shards of `mixed_samples`; returns its path as a config takes it."""
+    for shard in range(shards):
+        write_shard(folder / f"shard-{shard:03d}.tar", mixed_samples(samples, shard * samples), prefix=f"s{shard}")
+    return str(folder)
