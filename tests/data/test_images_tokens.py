@@ -1,0 +1,102 @@
+"""Pixels and tokens: round trips and the odd cases."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fusiontrain.config.schema import ImageDataConfig
+from fusiontrain.data.errors import BadSample
+from fusiontrain.data.modalities.image import decode_image, patchify
+from fusiontrain.data.tokenizer import load_tokenizer
+from fusiontrain.models.modalities.patches import patchify as torch_patchify
+from fusiontrain.models.modalities.patches import unpatchify
+from fusiontrain.testing.configs import tiny_config
+from fusiontrain.testing.shards import png
+from fusiontrain.utils.errors import UserError
+
+CONFIG = ImageDataConfig(size=8, patch_size=4)
+
+
+def test_pixels_come_back_from_patches():
+    data = png(3)
+    values, grid = decode_image("png", data, CONFIG)
+    assert values.shape == (4, 48)
+    assert grid == (2, 2)
+    maps = unpatchify(torch.from_numpy(values)[None], grid, 3)[0]
+    pixels = ((maps + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
+    assert torch.equal(torch_patchify(maps[None], 4)[0], torch.from_numpy(values))
+
+
+def test_a_patch_is_channel_row_column():
+    maps = np.arange(2 * 4 * 6).reshape(2, 4, 6)
+    patches = patchify(maps, 2)
+    assert patches.shape == (6, 8)
+    assert patches[4].tolist() == [14, 15, 20, 21, 38, 39, 44, 45]  # second row of patches, second column
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "CMYK"])
+def test_any_mode_becomes_rgb(mode):
+    values, _ = decode_image("x", png(0, mode=mode, format="TIFF" if mode == "CMYK" else "PNG"), CONFIG)
+    assert values.shape == (4, 48)
+    assert np.abs(values).max() <= 1
+
+
+def test_transparent_pixels_are_white_and_sixteen_bits_are_scaled():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save(buffer, format="PNG")
+    assert (decode_image("png", buffer.getvalue(), CONFIG)[0] == 1).all()
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(buffer, format="PNG")
+    assert np.allclose(decode_image("png", buffer.getvalue(), CONFIG)[0], 128 / 127.5 - 1, atol=1e-6)
+
+
+def test_wide_images_are_cropped_in_the_middle():
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    assert (decode_image("png", buffer.getvalue(), CONFIG)[0] == 1).all()
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", png(0)[:60]])
+def test_what_is_no_image_is_a_bad_sample(data):
+    with pytest.raises(BadSample, match="not an image that can be read"):
+        decode_image("png", data, CONFIG)
+
+
+def test_latents_are_taken_as_stored():
+    latent = np.random.default_rng(0).normal(size=(4, 6, 4)).astype(np.float32)
+    buffer = io.BytesIO()
+    np.save(buffer, latent)
+    config = ImageDataConfig(size=64, patch_size=2, representation="latents", channels=4)
+    values, grid = decode_image("0.latent.npy", buffer.getvalue(), config)
+    assert grid == (3, 2)
+    assert torch.equal(unpatchify(torch.from_numpy(values)[None], grid, 4)[0], torch.from_numpy(latent))
+    with pytest.raises(BadSample, match="has 4 channels"):
+        decode_image("0.latent.npy", buffer.getvalue(), config.model_copy(update={"channels": 8}))
+
+
+def test_bytes_go_there_and_back():
+    tokenizer = load_tokenizer(tiny_config())
+    text = "héllo <|image|> \x00 你好"
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode())
+    assert tokenizer.decode([256, *ids, 258, 259, 257]) == text
+    assert tokenizer.vocab_size == 260
+
+
+def test_a_tokenizer_file_without_the_markers_is_refused_by_key(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({"a": 0, "<|end_of_text|>": 1}, unk_token="a")).save(str(path))
+    with pytest.raises(UserError, match=r"data\.tokenizer\.begin_image_token='<\|image\|>': .*has no such token"):
+        load_tokenizer(tiny_config({"data.tokenizer.path": str(path)}))
+    with pytest.raises(UserError, match="no such tokenizer"):
+        load_tokenizer(tiny_config({"data.tokenizer.path": str(tmp_path / "missing")}))

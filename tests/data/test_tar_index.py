@@ -1,0 +1,180 @@
+"""Shards: names, damage, formats, and the index against what is in them."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE, build_index, index_shard, index_sources
+from fusiontrain.data.shards import expand_shards
+from fusiontrain.data.tar import BLOCK, read_members, read_samples
+from fusiontrain.data.tokenizer import load_tokenizer
+from fusiontrain.testing.configs import tiny_config
+from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards
+from fusiontrain.utils.errors import UserError
+
+TOKENIZER = load_tokenizer(tiny_config())
+
+
+def index_of(path, kind="auto", latents=False):
+    return build_index(path, kind, latents, TOKENIZER)
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_a_path_may_be_a_tar_a_folder_a_glob_or_a_brace_range(tmp_path):
+    write_shards(tmp_path, shards=12, samples=1)
+    everything = [tmp_path / f"shard-{n:03d}.tar" for n in range(12)]
+    assert expand_shards(str(tmp_path)) == everything
+    assert expand_shards(f"{tmp_path}/shard-*.tar") == everything
+    assert expand_shards(f"{tmp_path}/shard-{{000..011}}.tar") == everything
+    assert expand_shards(f"{tmp_path}/shard-{{003,001}}.tar") == [everything[1], everything[3]]
+    assert expand_shards(str(everything[5])) == [everything[5]]
+
+
+@pytest.mark.parametrize("path", ["nothing", "nothing-*.tar", "shard-{000..002}.tar"])
+def test_a_path_without_shards_is_refused(tmp_path, path):
+    write_shards(tmp_path, shards=1)
+    with pytest.raises(UserError, match=r"no such shard|no \.tar file"):
+        expand_shards(f"{tmp_path}/{path}")
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_members_are_what_tarfile_reads(tmp_path, format):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for n in range(5):
+            file = tmp_path / f"f{n}"
+            file.write_bytes(bytes([n]) * (500 * n + 1))
+            long = "deep/" * 30 + "folder/" if format != tarfile.USTAR_FORMAT else "folder/"
+            tar.add(file, f"{long}key{n}.bin")
+    with tarfile.open(path) as tar:
+        expected = [(member.name, member.offset_data, member.size) for member in tar]
+    assert [(m.name, m.offset, m.size) for m in read_members(path)] == expected
+
+
+def _cut_inside(data, starts):
+    return data[: starts[2] + BLOCK + 3]
+
+
+def _cut_at_member(data, starts):
+    return data[: starts[2]]
+
+
+def _flip_header(data, starts):
+    return data[: starts[2] + 10] + bytes([data[starts[2] + 10] ^ 1]) + data[starts[2] + 11 :]
+
+
+def _zero_block(data, starts):
+    return data[: starts[2]] + bytes(BLOCK) + data[starts[2] + BLOCK :]
+
+
+def _one_end_block(data, starts):
+    return data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % BLOCK) + bytes(BLOCK)
+
+
+@pytest.mark.parametrize("damage", [_cut_inside, _cut_at_member, _flip_header, _zero_block, _one_end_block])
+def test_every_damage_is_found_and_placed(tmp_path, damage):
+    path = write_shard(tmp_path / "x.tar", mixed_samples(8))
+    starts = [member.offset - BLOCK for member in read_members(path)]
+    data = path.read_bytes()
+    path.write_bytes(damage(data, starts))
+    with pytest.raises(UserError, match=r"x\.tar: damaged at offset \d+: .+") as error:
+        list(read_members(path))
+    assert "\n" not in str(error.value)
+
+
+def test_members_of_a_sample_must_be_neighbours(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("a.txt", "b.txt", "a.json"):
+            (tmp_path / name).write_text("x")
+            tar.add(tmp_path / name, name)
+    with pytest.raises(UserError, match="sample 'a' .* not neighbours"):
+        list(read_samples(path))
+
+
+def test_keys_end_at_the_first_dot_and_suffixes_are_lower_case(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        (tmp_path / "f").write_text("x")
+        for name in ("./sub/a.b.TXT", "./sub/a.JSON"):
+            tar.add(tmp_path / "f", name)
+    (sample,) = read_samples(path)
+    assert sample.key == "sub/a"
+    assert set(sample.members) == {"b.txt", "json"}
+
+
+# ---------------------------------------------------------------- formats and index
+
+
+def test_index_measures_texts_and_images(tmp_path):
+    samples = [interleaved(["one", None, "two!"], [None, png(0, (12, 20)), None]), {"txt": b"abc", "jpg": png(1, (30, 10), format="JPEG")}]
+    index = index_of(write_shard(tmp_path / "x.tar", samples))
+    assert index.kinds.tolist() == [TEXT_PIECE, IMAGE_PIECE, TEXT_PIECE, TEXT_PIECE, IMAGE_PIECE]
+    assert index.tokens.tolist() == [3, 0, 4, 3, 0]
+    assert index.heights.tolist() == [0, 20, 0, 0, 10]
+    assert index.widths.tolist() == [0, 12, 0, 0, 30]
+    assert index.is_pair.tolist() == [False, True]
+    assert index.piece_start.tolist() == [0, 3, 5]
+
+
+def test_members_in_the_index_are_the_bytes_that_were_written(tmp_path):
+    samples = mixed_samples(6)
+    path = write_shard(tmp_path / "x.tar", samples)
+    index = index_of(path)
+    data = path.read_bytes()
+    for row, members in enumerate(samples):
+        found = {suffix: data[m.offset : m.offset + m.size] for suffix, m in index.members(row).items()}
+        assert found == members
+
+
+BAD = {
+    "no json": ({"bin": b"x"}, "has no text"),
+    "broken json": ({"json": b"{"}, "not valid JSON"),
+    "missing image": ({"json": json.dumps({"texts": [None], "images": ["9.png"]}).encode()}, r"has no member \.9\.png"),
+    "both in one place": ({**interleaved(["x"], [png(0)])}, "both a text and an image"),
+    "lists of two lengths": ({"json": b'{"texts": ["a"], "images": []}'}, "has 1 places"),
+    "nothing in it": ({"json": b'{"texts": [null], "images": [null]}'}, "neither text nor image"),
+    "a number as text": ({"json": b'{"texts": [7], "images": [null]}'}, "is a int"),
+    "not an image": ({"txt": b"hello", "png": b"nonsense"}, "not an image"),
+    "two images": ({"txt": b"hello", "png": png(0), "jpg": png(1)}, "a caption pair has one"),
+    "text that is not UTF-8": ({"txt": b"\xff\xfe"}, "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("members", "reason"), BAD.values(), ids=BAD.keys())
+def test_a_bad_sample_is_named_and_the_others_stay(tmp_path, members, reason):
+    import re
+
+    good = mixed_samples(2)
+    index = index_of(write_shard(tmp_path / "x.tar", [good[0], members, good[1]]))
+    assert index.numbers.tolist() == [0, 2]
+    assert index.bad_numbers.tolist() == [1]
+    assert re.search(reason, str(index.bad_reasons[0]))
+
+
+def test_index_is_cached_until_the_shard_changes(tmp_path):
+    path = write_shard(tmp_path / "x.tar", mixed_samples(2))
+    first = index_shard(path, "auto", False, TOKENIZER)
+    (cached,) = (tmp_path / ".fusiontrain-index").iterdir()
+    before = cached.stat().st_mtime_ns
+    again = index_shard(path, "auto", False, TOKENIZER)
+    assert all(np.array_equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
+    assert cached.stat().st_mtime_ns == before
+    write_shard(path, mixed_samples(3))
+    assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
+
+
+def test_a_source_without_a_usable_sample_is_refused(tmp_path):
+    write_shard(tmp_path / "x.tar", [{"bin": b"x"}])
+    config = tiny_config({"data.sources": [{"path": str(tmp_path)}]})
+    with pytest.raises(UserError, match="without a usable sample; the first of 1 unusable samples is .*sample-0000"):
+        index_sources(config.data.sources, config.data, TOKENIZER)
