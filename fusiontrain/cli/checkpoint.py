@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json({"checkpoints": rows})
         else:
-            print_table([["checkpoint", "step", "ranks", "MiB"], *([row["path"], row["step"], row["world_size"], row["mib"]] for row in rows)])
+            table = [[row["path"], row["step"], row["world_size"], row["mib"]] for row in rows]
+            print_table([["checkpoint", "step", "ranks", "MiB"], *table])
         return 0
     problems = [problem for path in checkpoints for problem in verify_checkpoint(path)]
     if problems:

@@ -153,7 +153,8 @@ class Eta:
 def describe_step(values: Mapping[str, Any]) -> str:
     """The numbers of a step that a person follows."""
     losses = " ".join(f"{name} {values[f'loss/{name}']:.4f}" for name in ("text", "image") if values.get(f"targets/{name}"))
-    return f"loss {values['loss']:.4f} {losses} norm {values['grad_norm']:.3f} lr {values['lr']:.2e} {values['tokens_per_second']:,.0f} tok/s"
+    pace = f"{values['tokens_per_second']:,.0f} tok/s"
+    return f"loss {values['loss']:.4f} {losses} norm {values['grad_norm']:.3f} lr {values['lr']:.2e} {pace}"
 
 
 def format_seconds(seconds: float | None) -> str:

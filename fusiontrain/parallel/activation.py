@@ -16,9 +16,7 @@ def recompute_activations(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         parent, _, child = name.rpartition(".")
         # The model draws nothing from global generators (noise is keyed), so there is no generator state to replay.
-        wrapped = checkpoint_wrapper(
-            model.get_submodule(name), checkpoint_impl=CheckpointImpl.NO_REENTRANT, preserve_rng_state=False
-        )
+        wrapped = checkpoint_wrapper(model.get_submodule(name), checkpoint_impl=CheckpointImpl.NO_REENTRANT, preserve_rng_state=False)
         model.get_submodule(parent).register_module(child, wrapped)
 
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Per device. With CUDA the host's own numbers still travel over gloo, so counting them never waits for the device."""
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -33,7 +35,7 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def is_main(self) -> bool:
@@ -96,9 +98,7 @@ def process_group(ranks: Ranks, parallel: ParallelConfig) -> Iterator[None]:
         return
     timeout = timedelta(seconds=parallel.timeout_seconds)
     store = dist.HashStore() if ranks.world_size == 1 else None
-    dist.init_process_group(
-        BACKENDS[ranks.device.type], rank=ranks.rank, world_size=ranks.world_size, store=store, timeout=timeout
-    )
+    dist.init_process_group(BACKENDS[ranks.device.type], rank=ranks.rank, world_size=ranks.world_size, store=store, timeout=timeout)
     try:
         yield
         # A rank that leaves early closes the sockets of ranks that still read their last collective.

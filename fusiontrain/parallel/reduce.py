@@ -49,7 +49,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0 (picklable), on every rank; a UserError there is raised on every rank, so none waits for another."""
+    """What `function` returns on rank 0 (picklable), on every rank; a UserError there is raised on all, so none waits."""
     if not dist.is_initialized():
         return function()
     holder: list[Any] = [None, None]

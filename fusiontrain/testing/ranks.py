@@ -44,7 +44,12 @@ class RankPool:
         self._runs = 0
 
     def run(
-        self, function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, group: bool = True
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        group: bool = True,
     ) -> list[Any]:
         """`function(*args)` on `world_size` ranks, in a process group of them if `group` -> results in order of rank.
 
@@ -132,9 +137,10 @@ def _serve(rank: int, connection: Connection) -> None:
     with contextlib.suppress(EOFError, KeyboardInterrupt, ConnectionResetError):
         while True:
             file, module, name, job = connection.recv()
+            answer: tuple[bool, str, bytes | None, float]
             try:
                 answer = (True, "", pickle.dumps(_run_job(rank, file, module, name, job)), time.time())
-            except BaseException as error:  # noqa: BLE001 - whatever a test raises belongs to the test
+            except BaseException as error:  # whatever a test raises belongs to the test
                 answer = (False, traceback.format_exc(), _pickled(error), time.time())
             connection.send(answer)
 
@@ -177,7 +183,7 @@ def _pickled(error: BaseException) -> bytes | None:
         data = pickle.dumps(error)
         pickle.loads(data)
         return data
-    except Exception:  # noqa: BLE001 - any exception class may define a pickling that fails
+    except Exception:  # any exception class may define a pickling that fails
         return None
 
 

@@ -32,7 +32,8 @@ def write_base(folder: Path, seed: int = 5) -> str:
 def lmfusion_config(base: str, overrides: Mapping[str, Any] | None = None) -> Config:
     """`tiny_config` as LMFusion on top of a folder made by `write_base`."""
     no_shape = {f"model.{key}": None for key in SHAPE_KEYS}
-    return tiny_config({**no_shape, "model.recipe": "lmfusion", "model.base": base, "model.image": {"patcher": "linear"}, **(overrides or {})})
+    settings = {"model.recipe": "lmfusion", "model.base": base, "model.image": {"patcher": "linear"}}
+    return tiny_config({**no_shape, **settings, **(overrides or {})})
 
 
 def make_sequences(kinds: Sequence[str], config: Config, step: int = 0) -> list[PackedSequence]:

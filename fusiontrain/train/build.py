@@ -66,9 +66,7 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     state = resume(config, ranks, tensors, identity, loader.fields)
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
-    return Trainer(
-        config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer
-    )
+    return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer)
 
 
 def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, data_fields: dict[str, str]) -> TrainState:
@@ -91,7 +89,7 @@ def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, data_
 
 
 def require_same_data(saved: Mapping[str, Any], fields: Mapping[str, str], checkpoint: Path) -> None:
-    """Raise UserError, naming the first difference, where a checkpoint's place in the data means nothing because the data are others now."""
+    """Raise UserError, naming the first difference, where a checkpoint's place in the data means nothing in those of now."""
     before = saved.get("fields", {})
     for name in sorted({*before, *fields}):
         if before.get(name) != fields.get(name):

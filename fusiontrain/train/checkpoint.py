@@ -117,9 +117,7 @@ def load_checkpoint(checkpoint: Path, tensors: Tensors, ranks: Ranks) -> TrainSt
     All ranks call this together, and each checks its share of the files. Raises UserError naming a file that is damaged.
     """
     manifest = read_manifest(checkpoint)
-    problems = [
-        line for part in gather_objects(verify_checkpoint(checkpoint, ranks.rank, ranks.world_size)) for line in part
-    ]
+    problems = [line for part in gather_objects(verify_checkpoint(checkpoint, ranks.rank, ranks.world_size)) for line in part]
     if problems:
         raise UserError(f"{problems[0]}: the checkpoint is damaged, resume from another one with --resume PATH")
     with _quiet():

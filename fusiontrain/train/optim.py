@@ -19,14 +19,10 @@ def decays(name: str, parameter: nn.Parameter, embeddings: set[str]) -> bool:
 
 def embedding_names(model: nn.Module) -> set[str]:
     """Names of the weights of `nn.Embedding` modules, as the model spells them (also of a head that shares one)."""
-    return {
-        clean_name(f"{name}.weight") for name, module in model.named_modules() if isinstance(module, nn.Embedding)
-    }
+    return {clean_name(f"{name}.weight") for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
-def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], embeddings: set[str], config: OptimizerConfig
-) -> torch.optim.AdamW:
+def build_optimizer(parameters: Mapping[str, nn.Parameter], embeddings: set[str], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with one group that decays and one that does not; frozen parameters are in neither.
 
     The learning rate here is the peak; the trainer sets it anew at every step.

@@ -37,16 +37,12 @@ class TrainState:
         return cls(**values)
 
 
-def model_tensors(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], include_frozen: bool
-) -> dict[str, torch.Tensor]:
+def model_tensors(model: nn.Module, parameters: Mapping[str, nn.Parameter], include_frozen: bool) -> dict[str, torch.Tensor]:
     """What of the model is stored: parameters that train, frozen ones too if `include_frozen`, and persistent buffers.
 
     The tensors share their storage with the model, so loading into them loads the model.
     """
-    tensors = {
-        name: parameter.detach() for name, parameter in parameters.items() if parameter.requires_grad or include_frozen
-    }
+    tensors = {name: parameter.detach() for name, parameter in parameters.items() if parameter.requires_grad or include_frozen}
     every_parameter = {clean_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     stored = {clean_name(name) for name in model.state_dict()}
     buffers = {clean_name(name): buffer for name, buffer in model.named_buffers()}
@@ -54,9 +50,7 @@ def model_tensors(
     return tensors
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """AdamW's state as `name.exp_avg`, `name.exp_avg_sq`, `name.step`, created (zeros) where no step has been taken yet.
 
     The tensors are the optimizer's own, so loading into them loads the optimizer.

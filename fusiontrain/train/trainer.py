@@ -90,7 +90,7 @@ class Trainer:
         self._counted_before = self.loader.skipped if self.state.step else 0
 
     def run(self) -> bool:
-        """Train to `train.steps`, or until any rank is asked to stop. Returns whether it got to the end; a checkpoint is there either way."""
+        """Train to `train.steps`, or until any rank is asked to stop. Returns whether it got to the end; it has saved either way."""
         config, stopping = self.config, False
         self.reporter.started(self.state.step, config.train.steps, Path(config.run.dir))
         batches = self.loader.iterate(self.state.step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,8 +65,17 @@ def test_one_rank_in_float32_needs_no_group_and_no_wrapping() -> None:
     config = tiny_config()
     with process_group(read_ranks({}), config.parallel):
         assert not dist.is_initialized()
-        ranks, model, parameters = spread(config)
+        _, model, parameters = spread(config)
     assert type(model).__name__ == "FusionModel" and all(type(p) is torch.nn.Parameter for p in parameters.values())
+
+
+def test_what_the_plan_names_is_frozen_and_nothing_else() -> None:
+    config = tiny_config()
+    model = build_model(config)
+    frozen = ("text.embedding.weight", "blocks.0.attention.q.shared.weight")
+    plan = dataclasses.replace(model.plan(), frozen=frozen)
+    parameters = parallelize(model, plan, config.parallel, None, torch.device("cpu"))
+    assert tuple(name for name, parameter in parameters.items() if not parameter.requires_grad) == frozen
 
 
 def test_freezing_an_unknown_name_fails() -> None:

@@ -38,7 +38,7 @@ def test_results_in_order_of_rank() -> None:
 
 
 def test_failure_names_the_rank_that_caused_it_and_the_pool_lives_on() -> None:
-    with pytest.raises(RankFailure, match="rank 1 of 2(.|\n)*rank one says no") as failure:
+    with pytest.raises(RankFailure, match=r"(?s)rank 1 of 2.*rank one says no") as failure:
         shared_pool().run(raise_on_rank_one, 2)
     assert isinstance(failure.value.__cause__, UserError)
     assert shared_pool().run(add_ranks, 2, 0)[0][1] == 1

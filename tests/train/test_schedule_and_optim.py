@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,7 @@ def test_warm_up_then_cosine_to_the_final_rate() -> None:
     assert rates[7] == pytest.approx(0.6)  # half of the cosine
     assert rates[5] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 2 / 8)))
     assert rates[11] == pytest.approx(0.2) and rates[11:] == [rates[11]] * 3
-    assert all(later < earlier for earlier, later in zip(rates[3:11], rates[4:12], strict=True))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[3:12]))
 
 
 def test_without_warm_up_and_with_nothing_but_warm_up() -> None:

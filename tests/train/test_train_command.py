@@ -88,7 +88,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFi
     assert "no complete checkpoint there" in capsys.readouterr().err
 
 
-def test_a_run_that_diverges_exits_1_with_a_sentence(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_that_diverges_exits_1(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     from fusiontrain.train.trainer import Trainer, TrainingDiverged
 
     def diverge(self: Trainer) -> bool:
@@ -129,9 +129,9 @@ def test_torchrun_with_two_processes_and_a_signal(config_file: Path) -> None:
     """Rank 1 alone gets a SIGTERM: both ranks save the same step and exit 0."""
     run_dir = config_file.parent / "torchrun"
     arguments = ["train.steps=100000", "checkpoint.every_steps=100000", "evaluate.every_steps=100000", "train.log_every_steps=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusiontrain"]
-        + ["train", str(config_file), f"run.dir={run_dir}", *arguments, "--json"],
+        [*torchrun, "-m", "fusiontrain", "train", str(config_file), f"run.dir={run_dir}", *arguments, "--json"],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -130,7 +130,7 @@ def test_a_run_continues_on_another_number_of_ranks(folder: Path, whole) -> None
 
 
 def test_a_stop_on_one_rank_saves_and_ends_all_and_the_rest_follows_later(folder: Path, whole) -> None:
-    wanted_config, wanted = whole[2]
+    _, wanted = whole[2]
     config = world_config(folder, {"run.dir": str(folder / "stopped"), "checkpoint.every_steps": 100})
     finished, _, _ = run(config, 2, 2, 1)
     assert not finished
@@ -185,7 +185,7 @@ def test_the_base_must_be_there_and_be_the_same(folder: Path, whole) -> None:
         with pytest.raises(UserError, match=r"model\.base=.*base is not there"):
             load_for_inference(checkpoint)
         write_base(folder / "base", seed=99)
-        with pytest.raises(UserError, match="its base was .*base.* has other weights"):
+        with pytest.raises(UserError, match=r"its base was .*base.* has other weights"):
             load_for_inference(checkpoint)
     finally:
         shutil.rmtree(folder / "base", ignore_errors=True)
@@ -196,7 +196,7 @@ def test_the_base_must_be_there_and_be_the_same(folder: Path, whole) -> None:
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
-        ({"model.image": {"patcher": "linear", "position_embedding": "sincos2d"}}, "another model: model.image.position_embedding is 'none' there"),
+        ({"model.image": {"patcher": "linear", "position_embedding": "sincos2d"}}, "model.image.position_embedding is 'none' there"),
         ({"model.separation": "shallow"}, "another model: model.separation is 'deep' there and 'shallow' here"),
         ({"seed": 4}, "other data.* seed differs"),
         ({"train.global_batch_sequences": 8}, "train.global_batch_sequences differs"),
@@ -210,7 +210,8 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, whole, overrides: di
 
 
 def test_a_run_that_diverges_stops_with_a_sentence_and_keeps_its_weights(folder: Path) -> None:
-    config = world_config(folder, {"run.dir": str(folder / "diverged"), "train.steps": 20, "evaluate.every_steps": 99, "sample.prompts": ()})
+    never = {"evaluate.every_steps": 99, "sample.prompts": ()}
+    config = world_config(folder, {"run.dir": str(folder / "diverged"), "train.steps": 20, **never})
     recorder = Recorder()
     trainer = build_trainer(config, read_ranks({}), recorder, StopRequest())
     with torch.no_grad():
@@ -227,9 +228,9 @@ def test_a_run_that_diverges_stops_with_a_sentence_and_keeps_its_weights(folder:
 
 
 def test_without_a_base_everything_is_stored(folder: Path) -> None:
-    settings = {"recipe": "transfusion", "vocab_size": 260, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48, "image": {"patcher": "linear"}}
-    config = world_config(folder, {"run.dir": str(folder / "transfusion"), "model": settings, "train.steps": 1, "sample.prompts": ()})
-    config = Config.model_validate({**config.model_dump(), "model": settings})
+    shape = {"vocab_size": 260, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
+    config = world_config(folder, {"run.dir": str(folder / "transfusion"), "train.steps": 1, "sample.prompts": ()})
+    config = Config.model_validate({**config.model_dump(), "model": {"recipe": "transfusion", **shape, "image": {"patcher": "linear"}}})
     train(config)
     path = list_checkpoints(Path(config.run.dir) / "checkpoints")[-1]
     assert set(read_manifest(path)["model"]["tensors"]) == {name for name, _ in build_model(config).named_parameters()}
