@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 SHEET_FILE = "contact_sheet.png"
 TARGETS = {"color_accuracy": 0.80, "shape_accuracy": 0.60, "place_accuracy": 0.60, "caption_accuracy": 0.60}

@@ -51,7 +51,15 @@ def mean_of(rows: Sequence[dict[str, Any]], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def train(config: Path, run: Path, overrides: Sequence[str], processes: int, progress: Progress, stop_after_step: int | None = None, resume: str = "auto") -> None:
+def train(
+    config: Path,
+    run: Path,
+    overrides: Sequence[str],
+    processes: int,
+    progress: Progress,
+    stop_after_step: int | None = None,
+    resume: str = "auto",
+) -> None:
     """`torchrun ... fusiontrain train`, in processes of its own; its output goes to `<run>/logs/console.log`.
 
     stop_after_step: send the SIGTERM that a scheduler would send once that step is done, and wait for the save. Raises UserError with the end
@@ -119,7 +127,7 @@ def load_newest(run: Path) -> tuple[FusionModel, Config, Tokenizer]:
 
 def export_base(run: Path, folder: Path) -> None:
     """The newest checkpoint of a dense run as a Hugging Face Llama folder, tokenizer included."""
-    from fusiontrain.models.hf import export_llama
+    from fusiontrain.models.llama_weights import export_llama
 
     model, _, tokenizer = load_newest(run)
     export_llama(model, str(folder), tokenizer.json)

@@ -98,7 +98,9 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     text_weight: float = Field(1.0, ge=0)
     image_weight: float = Field(5.0, ge=0, description="lambda of Transfusion 4.1")
-    image: Literal["ddpm", "flow_matching"] = Field("ddpm", description="ddpm: predict the noise, cosine schedule (the papers); flow_matching: predict the velocity")
+    image: Literal["ddpm", "flow_matching"] = Field(
+        "ddpm", description="ddpm: predict the noise, cosine schedule (the papers); flow_matching: predict the velocity"
+    )
     num_timesteps: int = Field(1000, ge=2, description="ddpm: steps of the noise schedule")
     time_shift: float = Field(1.0, gt=0, description="flow_matching: s in t' = s t / (1 + (s - 1) t); > 1 trains more on high noise")
 

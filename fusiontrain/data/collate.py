@@ -11,7 +11,7 @@ import torch
 from fusiontrain.config.schema import Config, DataConfig
 from fusiontrain.data.packing import best_fit_decreasing
 from fusiontrain.data.ranges import mask_ranges
-from fusiontrain.modality import IMAGE, MODALITIES, MODALITY_NAMES, TEXT
+from fusiontrain.modality import MODALITIES, MODALITY_NAMES, TEXT
 from fusiontrain.types import IGNORE_INDEX, PADDING_DOC_ID, Batch, Document, PackedSequence, Payload, Segment
 from fusiontrain.utils.keyed import hash_key, keyed_uniform
 

@@ -13,8 +13,7 @@ import numpy as np
 
 from fusiontrain.config.schema import DataConfig, SourceConfig
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import Sample
-from fusiontrain.data.formats.pieces import Fields
+from fusiontrain.data.formats.pieces import Fields, Sample
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.modalities.image import image_segment
 from fusiontrain.data.tokenizer import Tokenizer

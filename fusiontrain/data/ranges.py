@@ -7,6 +7,8 @@ one interval per slice, and so are the queries of a key. Padding sees itself alo
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from fusiontrain.types import PADDING_DOC_ID
@@ -38,7 +40,7 @@ def mask_ranges(
     first_query, last_query = documents * size + first, documents * size + size - 1
     shape = (len(doc_ids), len(slice_bounds) - 1, 2)
     key_ranges, query_ranges = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for g, (low, high) in enumerate(zip(slice_bounds, slice_bounds[1:], strict=False)):
+    for g, (low, high) in enumerate(itertools.pairwise(slice_bounds)):
         rows = places[low:high]
         for ranges, begin, end in ((key_ranges, first_key, last_key), (query_ranges, first_query, last_query)):
             ranges[:, g, 0] = low + np.searchsorted(rows, begin, side="left")
@@ -65,7 +67,7 @@ def _segment_reach(order_ids: np.ndarray, segment_ids: np.ndarray) -> tuple[np.n
 def _padding_sees_itself(ranges: np.ndarray, padding: np.ndarray, slice_bounds: tuple[int, ...]) -> None:
     """Each padding row gets the interval of its own row in its own slice, and an empty one, as far up as any, in the others."""
     rows = np.flatnonzero(padding)
-    for g, (low, high) in enumerate(zip(slice_bounds, slice_bounds[1:], strict=False)):
+    for g, (low, high) in enumerate(itertools.pairwise(slice_bounds)):
         inside = (rows >= low) & (rows < high)
         ranges[rows, g, 0] = np.where(inside, rows, ranges[rows, g, 1])
         ranges[rows, g, 1] = np.where(inside, rows + 1, ranges[rows, g, 1])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.generate.guidance import Grid
@@ -56,6 +56,13 @@ def from_pictures(model: FusionModel, pictures: Sequence[np.ndarray], image: Ima
     batch, num_patches, _ = patches.shape
     latents = model.codec.encode(patches.flatten(0, 1), (grid_of(model, image),) * batch)
     return latents.unflatten(0, (batch, num_patches))
+
+
+def _fit(picture: np.ndarray, size: int) -> np.ndarray:
+    """Centre-cropped to a square and resized as the data path does it: [size, size, 3] uint8."""
+    if picture.shape[:2] == (size, size):
+        return picture
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), Image.Resampling.BICUBIC))
 
 
 def load_picture(path: str) -> np.ndarray:

@@ -8,8 +8,8 @@ from torch import nn
 
 from fusiontrain.config.schema import Config, ModelConfig
 from fusiontrain.models.fusion import FusionModel
-from fusiontrain.models.hf import load_llama, read_llama_shape
 from fusiontrain.models.init import init_weights
+from fusiontrain.models.llama_weights import load_llama, read_llama_shape
 from fusiontrain.models.modalities.image import LinearPatcher
 from fusiontrain.models.modalities.unet import UNetPatcher
 from fusiontrain.models.modalities.vae import LatentCodec

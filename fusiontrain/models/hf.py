@@ -1,142 +1,20 @@
-"""Weights in and out: Hugging Face Llama folders (`config.json` and safetensors).
-
-Tensors are read one at a time, straight from the files. Hugging Face's own classes are imported only where one is asked for.
-"""
+"""Weights in and out of Hugging Face: what a user of the library calls. Their classes are imported only where one is asked for."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from fusiontrain.models.layers.rope import RopeScaling
-from fusiontrain.models.shape import ModelShape
-from fusiontrain.utils.errors import UserError
+from fusiontrain.config.schema import Config
+from fusiontrain.models.build import build_model
+from fusiontrain.models.fusion import FusionModel
+from fusiontrain.models.llama_weights import export_llama
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-    from fusiontrain.models.fusion import FusionModel
-
-BLOCK_PARTS = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.o",
-    "post_attention_layernorm": "feed_forward_norm",
-    "mlp.gate_proj": "feed_forward.gate",
-    "mlp.up_proj": "feed_forward.up",
-    "mlp.down_proj": "feed_forward.down",
-}
-"""Module of a Llama layer -> module of a block, which holds one weight per group."""
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-TOKENIZER_FILE = "tokenizer.json"
-
-
-def read_llama_shape(folder: str) -> ModelShape:
-    """The shape in `folder/config.json`. Raises UserError if the folder does not hold a Llama, naming what is in the way."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"model.base={folder}: not a Hugging Face Llama folder (no config.json in it)")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if config.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, expected 'llama'")
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise UserError(f"{path}: {key}=true is not supported, Llama has no biases")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    try:
-        return ModelShape(
-            vocab_size=config["vocab_size"],
-            dim=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-            ffn_dim=config["intermediate_size"],
-            rope_theta=config.get("rope_theta") or rope.get("rope_theta") or 10_000.0,
-            rope_scaling=_rope_scaling(rope, path),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: the key {error} is missing") from error
-
-
-def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"{path}: rotary scaling {kind!r} is not supported (default and llama3 are)")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return RopeScaling(**{name: rope[name] for name in names})
-
-
-def weight_files(folder: str) -> list[Path]:
-    """The safetensors files of a Llama folder, in a stable order. Raises UserError if there are none."""
-    index, single = Path(folder) / INDEX_FILE, Path(folder) / SINGLE_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [Path(folder) / name for name in names]
-    if single.is_file():
-        return [single]
-    raise UserError(f"model.base={folder}: no {SINGLE_FILE} or {INDEX_FILE} in it (weights must be safetensors)")
-
-
-def _read_tensors(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
-
-
-def parameter_names(model: FusionModel, llama_name: str) -> list[str]:
-    """Every parameter of `model` that a tensor of a Llama checkpoint fills: one per group, or none for a tensor it has no place for."""
-    top = {"model.embed_tokens.weight": "text.embedding", "lm_head.weight": "text.head"}
-    if llama_name in top:
-        return [f"{top[llama_name]}.weight"] if llama_name != "lm_head.weight" or model.text.head is not None else []
-    if llama_name == "model.norm.weight":
-        return [f"final_norm.{group}.weight" for group in model.final_norm]
-    head, _, rest = llama_name.removeprefix("model.layers.").partition(".")
-    part = BLOCK_PARTS.get(rest.removesuffix(".weight"))
-    if part is None or not head.isdigit() or int(head) >= len(model.blocks):
-        return []
-    name = f"blocks.{head}.{part}"
-    return [f"{name}.{group}.weight" for group in model.get_submodule(name)]
-
-
-def load_llama(model: FusionModel, folder: str) -> None:
-    """Fill the text side and its copies (LMFusion 3.1: image norms, attention and FFN start as the text's) from a Llama folder."""
-    _fill(model, _read_tensors(folder), folder)
-
-
-@torch.no_grad()
-def _fill(model: FusionModel, tensors: Iterator[tuple[str, torch.Tensor]], where: str) -> None:
-    parameters = dict(model.named_parameters())
-    missing = {name for name in parameters if not name.startswith("image.")}
-    for llama_name, tensor in tensors:
-        for name in parameter_names(model, llama_name):
-            if parameters[name].shape != tensor.shape:
-                raise UserError(f"{where}: {llama_name} has shape {list(tensor.shape)}, config.json says {list(parameters[name].shape)}")
-            parameters[name].copy_(tensor)
-            missing.discard(name)
-    if missing:
-        raise UserError(f"{where}: no tensor for {sorted(missing)[0]} (and {len(missing) - 1} more): the weights are incomplete")
 
 
 def from_llama(source: str | LlamaForCausalLM, recipe: str, **model_settings: Any) -> FusionModel:
@@ -145,12 +23,7 @@ def from_llama(source: str | LlamaForCausalLM, recipe: str, **model_settings: An
     `model_settings` are further keys of the config's model section. Images are 32 x 32 pixels in 4 x 4 patches unless the model is
     built from a full configuration with `build_model`.
     """
-    from fusiontrain.config.schema import Config
-    from fusiontrain.models.build import build_model
-
     if not isinstance(source, str | Path):
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
             return from_llama(folder, recipe, **model_settings)
@@ -168,58 +41,8 @@ def from_llama(source: str | LlamaForCausalLM, recipe: str, **model_settings: An
     return build_model(config)
 
 
-def _llama_tensors(model: FusionModel) -> dict[str, torch.Tensor]:
-    """The text side of a model under the names of a Llama checkpoint."""
-    tensors = {"model.embed_tokens.weight": model.text.embedding.weight}
-    if model.text.head is not None:
-        tensors["lm_head.weight"] = model.text.head.weight
-    tensors["model.norm.weight"] = model.final_norm[model.final_norm.groups[0]].weight
-    for i in range(len(model.blocks)):
-        for llama_part, part in BLOCK_PARTS.items():
-            untied = model.get_submodule(f"blocks.{i}.{part}")
-            tensors[f"model.layers.{i}.{llama_part}.weight"] = untied[untied.groups[0]].weight
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _llama_config(shape: ModelShape) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    if shape.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **vars(shape.rope_scaling)}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.dim,
-        "intermediate_size": shape.ffn_dim,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_parameters": rope,
-        "tie_word_embeddings": shape.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": "float32",
-    }
-
-
-def export_llama(model: FusionModel, folder: str, tokenizer_json: str | None = None) -> None:
-    """Write the text side as a Hugging Face Llama folder (`config.json`, `model.safetensors`, and `tokenizer.json` where given)."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(_llama_config(model.shape), indent=2) + "\n")
-    save_file(_llama_tensors(model), path / SINGLE_FILE, metadata={"format": "pt"})
-    if tokenizer_json is not None:
-        (path / TOKENIZER_FILE).write_text(tokenizer_json)
-
-
 def to_llama(model: FusionModel) -> LlamaForCausalLM:
     """The text side as a `transformers.LlamaForCausalLM` in float32."""
-    import tempfile
-
     from transformers import LlamaForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusiontrain.config.schema import ModelConfig
-from fusiontrain.models.layers.rope import RopeScaling
 from fusiontrain.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling: low frequencies are slowed by `factor`, high ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)

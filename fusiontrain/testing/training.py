@@ -12,7 +12,7 @@ from fusiontrain.config.schema import Config
 from fusiontrain.data.collate import collate
 from fusiontrain.data.world import make_world
 from fusiontrain.models.build import build_model
-from fusiontrain.models.hf import export_llama
+from fusiontrain.models.llama_weights import export_llama
 from fusiontrain.testing.batches import random_documents
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import document

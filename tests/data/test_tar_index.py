@@ -97,7 +97,7 @@ def test_members_of_a_sample_must_be_neighbours(tmp_path):
         for name in ("a.txt", "b.txt", "a.json"):
             (tmp_path / name).write_text("x")
             tar.add(tmp_path / name, name)
-    with pytest.raises(UserError, match="sample 'a' .* not neighbours"):
+    with pytest.raises(UserError, match=r"sample 'a' .* not neighbours"):
         list(read_samples(path))
 
 
@@ -176,5 +176,5 @@ def test_index_is_cached_until_the_shard_changes(tmp_path):
 def test_a_source_without_a_usable_sample_is_refused(tmp_path):
     write_shard(tmp_path / "x.tar", [{"bin": b"x"}])
     config = tiny_config({"data.sources": [{"path": str(tmp_path)}]})
-    with pytest.raises(UserError, match="without a usable sample; the first of 1 unusable samples is .*sample-0000"):
+    with pytest.raises(UserError, match=r"without a usable sample; the first of 1 unusable samples is .*sample-0000"):
         index_sources(config.data.sources, config.data, TOKENIZER)

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from fusiontrain.models.hf import from_llama, read_llama_shape, to_llama
+from fusiontrain.models.hf import from_llama, to_llama
+from fusiontrain.models.llama_weights import read_llama_shape
 from fusiontrain.testing.batches import text_batch
 from fusiontrain.testing.models import write_tiny_llama
 from fusiontrain.utils.errors import UserError
@@ -109,5 +110,5 @@ def test_a_folder_that_is_no_llama_is_refused_in_one_sentence(tmp_path, damage, 
 
 
 def test_shape_of_a_missing_folder_is_refused():
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         read_llama_shape("nowhere")

@@ -117,7 +117,10 @@ def test_the_kernels_folder_does_not_shadow_the_package_of_that_name():
 
 
 def test_help_is_quick_because_it_imports_no_torch():
-    code = "import sys, fusiontrain.cli.main as m\ntry: m.main(['--help'])\nexcept SystemExit: pass\nprint([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    code = (
+        "import sys, fusiontrain.cli.main as m\ntry: m.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment())
     assert result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
 
