@@ -193,9 +193,10 @@ class Demo:
 
     def _judge(self) -> tuple[Judged, list[dict[str, str]]]:
         from fusiontrain.generate.score import judge_model
+        from fusiontrain.train.inference import load_for_inference
 
-        model, config, tokenizer = stages.load_newest(self.fusion)
-        judged = judge_model(model, tokenizer, config, self.world, self.size.judged, self.seed)
+        trained = load_for_inference(self.fusion)
+        judged = judge_model(trained.model, trained.tokenizer, trained.config, self.world, self.size.judged, self.seed)
         return judged, write_pictures(self.out, judged.prompts, judged.pictures, self.size.sheet)
 
     # ---------------------------------------------------------------- words

@@ -12,14 +12,9 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusiontrain.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from fusiontrain.config.schema import Config
-    from fusiontrain.data.tokenizer import Tokenizer
-    from fusiontrain.models.fusion import FusionModel
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, step, steps) while a training runs."""
@@ -114,23 +109,13 @@ def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[byte
             process.kill()
 
 
-def load_newest(run: Path) -> tuple[FusionModel, Config, Tokenizer]:
-    """Model, config and tokenizer of a run's newest checkpoint."""
-    from fusiontrain.train.build import load_for_inference
-    from fusiontrain.train.checkpoint import list_checkpoints
-
-    checkpoints = list_checkpoints(run / "checkpoints")
-    if not checkpoints:
-        raise UserError(f"{run}: holds no complete checkpoint")
-    return load_for_inference(checkpoints[-1])
-
-
 def export_base(run: Path, folder: Path) -> None:
     """The newest checkpoint of a dense run as a Hugging Face Llama folder, tokenizer included."""
     from fusiontrain.models.llama_weights import export_llama
+    from fusiontrain.train.inference import load_for_inference
 
-    model, _, tokenizer = load_newest(run)
-    export_llama(model, str(folder), tokenizer.json)
+    trained = load_for_inference(run)
+    export_llama(trained.model, str(folder), trained.tokenizer.json)
 
 
 def same_steps(original: Path, replay: Path) -> tuple[bool, int]:
@@ -147,17 +132,17 @@ def text_logits_identical(run: Path, llama: Path) -> tuple[bool, int]:
 
     from fusiontrain.data.loader import Loader
     from fusiontrain.models.build import build_model
+    from fusiontrain.train.inference import load_for_inference
 
-    model, config, tokenizer = load_newest(run)
+    trained = load_for_inference(run)
+    model, config = trained.model, trained.config
     data = config.data.model_copy(update={"modalities": ("text",)})
     dense_model = config.model.model_copy(update={"recipe": "dense", "base": str(llama)})
     dense = build_model(config.model_copy(update={"data": data, "model": dense_model}))
-    loader = Loader(config.model_copy(update={"data": data}), tokenizer, "validation", 0, 1)
+    loader = Loader(config.model_copy(update={"data": data}), trained.tokenizer, "validation", 0, 1)
     same, tokens = True, 0
     with contextlib.closing(loader), torch.no_grad():
-        for micro_batches, _ in loader.iterate(0):
-            for batch in micro_batches:
-                same &= torch.equal(model.text_logits(batch), dense.text_logits(batch))
-                tokens += batch.token_counts["text"]
-            break
+        for batch in next(loader.iterate(0))[0]:
+            same &= torch.equal(model.text_logits(batch), dense.text_logits(batch))
+            tokens += batch.token_counts["text"]
     return same, tokens

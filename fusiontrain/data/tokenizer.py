@@ -37,7 +37,12 @@ def load_tokenizer(config: Config) -> Tokenizer:
     path = config.data.tokenizer.path or config.model.base
     if path is None:
         raise UserError("data.tokenizer.path: must be given where there is no model.base: a folder, a tokenizer.json, or 'bytes'")
-    return byte_tokenizer(config.data.tokenizer) if path == BYTES else _from_file(path, config.data.tokenizer)
+    return tokenizer_at(path, config.data.tokenizer)
+
+
+def tokenizer_at(path: str, config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer in a folder or file, or "bytes"; `config` names its special tokens."""
+    return byte_tokenizer(config) if path == BYTES else _from_file(path, config)
 
 
 def byte_tokenizer(config: TokenizerConfig) -> Tokenizer:

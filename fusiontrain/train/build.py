@@ -105,32 +105,3 @@ def open_run_folder(config: Config, step: int) -> MetricsWriter:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
     return MetricsWriter(folder, step)
-
-
-def load_for_inference(path: str | Path) -> tuple[FusionModel, Config, Tokenizer]:
-    """The model of a checkpoint folder on the CPU in float32, its config, and its tokenizer; no process group is needed.
-
-    Folders named in the config (model.base and so on) are looked for as in training, relative to the working directory, and where they
-    were when the checkpoint was written. Raises UserError where they are gone or hold other weights.
-    """
-    checkpoint = find_checkpoint(str(path), Path(path))
-    assert checkpoint is not None
-    manifest = read_manifest(checkpoint)
-    config = find_folders(load(checkpoint / CONFIG), manifest["model"]["folders"], checkpoint)
-    model = build_model(config)
-    parameters = dict(model.named_parameters())
-    tensors = model_tensors(model, parameters, include_frozen=config.model.base is None)
-    require_same_model(manifest["model"], model_identity(config, tensors), checkpoint)
-    load_checkpoint(checkpoint, {"model": tensors}, Ranks())
-    return model.eval(), config, load_tokenizer(config)
-
-
-def find_folders(config: Config, folders: dict[str, dict[str, str]], checkpoint: Path) -> Config:
-    """`config` with its base where it is now: where the config says, or else where the checkpoint saw it."""
-    base = config.model.base
-    if base is None or Path(base).is_dir():
-        return config
-    remembered = folders["base"]["path"]
-    if not Path(remembered).is_dir():
-        raise UserError(f"{checkpoint}: model.base={base} is not there (nor {remembered}): put the base model back, its weights are needed")
-    return config.model_copy(update={"model": config.model.model_copy(update={"base": remembered})})

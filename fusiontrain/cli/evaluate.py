@@ -1,0 +1,81 @@
+"""`fusiontrain evaluate`: validation losses of a checkpoint, and on the demo world the judge's scores."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusiontrain.cli.common import add_json_argument, print_json, print_table
+from fusiontrain.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontrain.config.schema import Config
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `evaluate` to the program's subparsers."""
+    parser = subparsers.add_parser("evaluate", help="validation losses, and the judge's scores on the demo world")
+    parser.add_argument("checkpoint", help="a checkpoint folder, or a run folder (its newest checkpoint)")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="other data and settings than the checkpoint's own")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values to use instead, such as evaluate.batches=50")
+    parser.add_argument("--judge", type=int, default=64, metavar="N", help="pictures painted and captioned where the data are a demo world (default: 64)")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0; UserError for bad input."""
+    from fusiontrain.data.loader import Loader
+    from fusiontrain.parallel.mesh import Ranks
+    from fusiontrain.train.evaluate import validation_losses
+    from fusiontrain.train.inference import load_for_inference
+
+    trained = load_for_inference(args.checkpoint)
+    config = _config(args, trained.checkpoint, trained.config)
+    if not config.data.validation_sources:
+        raise UserError("data.validation_sources: is empty, there is nothing to evaluate on: give it as an override")
+    with contextlib.closing(Loader(config, trained.tokenizer, "validation", 0, 1)) as loader:
+        losses = validation_losses(trained.model, loader, config.evaluate.batches, Ranks().device)
+    report: dict[str, Any] = {
+        "checkpoint": str(trained.checkpoint),
+        "validation": {name: loss for name, loss in losses.items() if math.isfinite(loss)},
+    }
+    world = _demo_world(config)
+    if world is not None and trained.model.image is not None and args.judge > 0:
+        from fusiontrain.generate.score import judge_model
+
+        judged = judge_model(trained.model, trained.tokenizer, config, world, args.judge, config.seed)
+        report |= {"scores": judged.summary, "details": judged.details}
+    if args.json:
+        print_json(report)
+    else:
+        _print(report)
+    return 0
+
+
+def _config(args: argparse.Namespace, checkpoint: Path, own: Config) -> Config:
+    """The checkpoint's config, or the one given, with the overrides; the model stays the checkpoint's."""
+    from fusiontrain.config.load import load
+
+    overrides = list(args.overrides)
+    path = args.config
+    if path is not None and "=" in path:  # argparse takes the first override for the file
+        overrides, path = [path, *overrides], None
+    config = load(path or checkpoint / "config.yaml", overrides)
+    return config.model_copy(update={"model": own.model})
+
+
+def _demo_world(config: Config) -> Path | None:
+    """The folder of the demo world that the first validation source lies in; None for other data."""
+    from fusiontrain.data.world import world_info
+
+    folder = Path(config.data.validation_sources[0].path).parent
+    return folder if world_info(folder) is not None else None
+
+
+def _print(report: dict[str, Any]) -> None:
+    rows = [("validation loss", name, f"{loss:.4f}") for name, loss in report["validation"].items()]
+    rows += [("score", name, f"{value:.3f}") for name, value in report.get("scores", {}).items()]
+    print_table(rows)
