@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontrain.config.load import load, to_yaml
+from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import file_problems
 from fusiontrain.data.loader import Loader
-from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer
+from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
@@ -26,7 +26,7 @@ from fusiontrain.train.trainer import Reporter, Trainer
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from fusiontrain.models.fusion import FusionModel
+    pass
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from fusiontrain.models.build import build_model
 from fusiontrain.parallel.mesh import process_group, read_ranks
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.training import full_tensors, world_config, write_base
-from fusiontrain.train.build import build_trainer, check_config, load_for_inference
+from fusiontrain.train.build import build_trainer, check_config
+from fusiontrain.train.inference import load_for_inference
 from fusiontrain.train.checkpoint import list_checkpoints, read_manifest
 from fusiontrain.train.metrics import read_metrics
 from fusiontrain.train.signals import StopRequest, stop_on_signals
@@ -167,7 +168,8 @@ def test_one_and_two_ranks_tell_the_same(whole) -> None:
 def test_a_checkpoint_names_frozen_weights_and_is_enough_to_sample_from(folder: Path, whole) -> None:
     config, wanted = whole[2]
     path = list_checkpoints(Path(config.run.dir) / "checkpoints")[-1]
-    model, loaded, tokenizer = load_for_inference(path)
+    trained = load_for_inference(path)
+    model, loaded, tokenizer = trained.model, trained.config, trained.tokenizer
     frozen = set(model.plan().frozen)
     stored = set(read_manifest(path)["model"]["tensors"])
     assert frozen and not frozen & stored and frozen | stored >= {name for name, _ in model.named_parameters()}
