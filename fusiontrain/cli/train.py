@@ -24,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when the run is done or stopped on request after a save, 1 when it diverged; UserError for bad input."""
+    from fusiontrain.cli.first_use import prepare
     from fusiontrain.config.load import load
     from fusiontrain.parallel.mesh import process_group, read_ranks
     from fusiontrain.train.build import check_config
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = read_ranks()
     try:
         config = load(args.config, [*args.overrides, *([f"checkpoint.resume={args.resume}"] if args.resume else [])])
+        prepare(config, ranks)
         check_config(config, ranks.world_size)
     except UserError:
         if not ranks.is_main:

@@ -160,6 +160,12 @@ class SampleConfig(Section):
     temperature: float = Field(0.0, ge=0, description="of text; 0 = most likely token")
 
 
+class DemoConfig(Section):
+    dir: str = Field(..., description="gets world/, tokenizer.json and llama/ (random weights) on first use")
+    documents: int = Field(300, ge=2)
+    seed: int = Field(0, ge=0)
+
+
 class Config(Section):
     seed: int = Field(0, ge=0)
     run: RunConfig = RunConfig()
@@ -173,3 +179,4 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sample: SampleConfig = SampleConfig()
+    demo: DemoConfig | None = Field(None, description="data and base that `fusiontrain train` makes by itself where they are missing; for debugging")
