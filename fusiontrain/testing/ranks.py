@@ -30,6 +30,9 @@ DEFAULT_TIMEOUT_SECONDS = 60.0
 START_TIMEOUT_SECONDS = 120.0
 SHUTDOWN_SECONDS = 5.0
 
+Answer = tuple[bool, str, bytes | None, float]
+"""Of one rank: succeeded, traceback, pickled result or exception, and when."""
+
 
 class RankFailure(Exception):
     """A rank raised (its traceback is in the message, the exception is the cause where it could be pickled), died, or took too long."""
@@ -127,7 +130,7 @@ def shared_pool() -> RankPool:
 
 
 def _serve(rank: int, connection: Connection) -> None:
-    """What a rank's process does: run what it is sent, send back (succeeded, traceback, pickled result or exception, time)."""
+    """What a rank's process does: run what it is sent, send back its answer."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -137,32 +140,31 @@ def _serve(rank: int, connection: Connection) -> None:
     with contextlib.suppress(EOFError, KeyboardInterrupt, ConnectionResetError):
         while True:
             file, module, name, job = connection.recv()
-            answer: tuple[bool, str, bytes | None, float]
-            try:
-                answer = (True, "", pickle.dumps(_run_job(rank, file, module, name, job)), time.time())
-            except BaseException as error:  # whatever a test raises belongs to the test
-                answer = (False, traceback.format_exc(), _pickled(error), time.time())
+            answer = _run_job(rank, file, module, name, job)
             connection.send(answer)
 
 
-def _run_job(rank: int, file: str, module: str, name: str, job: bytes) -> Any:
+def _run_job(rank: int, file: str, module: str, name: str, job: bytes) -> Answer:
     import torch.distributed as dist
 
-    function = functools.reduce(getattr, name.split("."), _load_module(file, module))
-    args, world_size, store, timeout_seconds = pickle.loads(job)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({key: str(value) for key, value in numbers.items()})
-    if store is None:
-        return function(*args)
-    # Shorter than the whole run, so that a rank that waits in vain can still say where.
-    limit = timedelta(seconds=max(1.0, timeout_seconds * 0.8))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
     try:
+        function = functools.reduce(getattr, name.split("."), _load_module(file, module))
+        args, world_size, store, timeout_seconds = pickle.loads(job)
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ.update({key: str(value) for key, value in numbers.items()})
+        if store is not None:
+            # Shorter than the whole run, so that a rank that waits in vain can still say where.
+            limit = timedelta(seconds=max(1.0, timeout_seconds * 0.8))
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
         result = function(*args)
-        dist.barrier()
-        return result
-    finally:
-        dist.destroy_process_group()
+        if store is not None:
+            dist.barrier()
+        return True, "", pickle.dumps(result), time.time()
+    except BaseException as error:  # whatever a test raises belongs to the test
+        return False, traceback.format_exc(), _pickled(error), time.time()
+    finally:  # after the time was taken: it breaks the connections on which the other ranks wait, and they fail too
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _load_module(file: str, name: str) -> Any:

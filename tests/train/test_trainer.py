@@ -55,7 +55,11 @@ def train(config: Config, signal_at: int = 0, signal_rank: int = 0) -> tuple[boo
     """Run `config` on the ranks of this process; send one of them SIGTERM after a step. Returns (finished, stored tensors, events)."""
     ranks = read_ranks() if torch.distributed.is_initialized() else read_ranks({})
 
+    def nothing_gathered() -> bool:
+        return ranks.world_size == 1 or all(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
+
     def act(values: Mapping[str, Any]) -> None:
+        assert nothing_gathered(), "an evaluation left weights gathered"
         if values["step"] == signal_at and ranks.rank == signal_rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -66,6 +70,7 @@ def train(config: Config, signal_at: int = 0, signal_rank: int = 0) -> tuple[boo
             finished = trainer.run()
         finally:
             trainer.close()
+        assert nothing_gathered(), "painting left weights gathered"
         tensors = {f"{group}/{name}": tensor for group, part in trainer.tensors.items() for name, tensor in part.items()}
         return finished, full_tensors(tensors), recorder.events
 
