@@ -20,8 +20,8 @@ from fusiontrain.parallel.mesh import process_group, read_ranks
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.training import full_tensors, world_config, write_base
 from fusiontrain.train.build import build_trainer, check_config
-from fusiontrain.train.inference import load_for_inference
 from fusiontrain.train.checkpoint import list_checkpoints, read_manifest
+from fusiontrain.train.inference import load_for_inference
 from fusiontrain.train.metrics import read_metrics
 from fusiontrain.train.signals import StopRequest, stop_on_signals
 from fusiontrain.train.trainer import MAX_NONFINITE_STEPS, TrainingDiverged
