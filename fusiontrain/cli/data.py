@@ -110,12 +110,12 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     from fusiontrain.data.index import member_reader
 
     number = args.sample
-    for shard, index in _indexed(args):
-        if number < len(index):
-            break
-        number -= len(index)
-    else:
+    indexed = _indexed(args)
+    while indexed and number >= len(indexed[0][1]):
+        number -= len(indexed.pop(0)[1])
+    if not indexed:
         raise UserError(f"--sample {args.sample}: the shards hold fewer usable samples")
+    shard, index = indexed[0]
     descriptor = os.open(shard, os.O_RDONLY)
     try:
         members = index.members(number)

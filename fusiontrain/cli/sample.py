@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusiontrain.cli.common import add_json_argument, print_json
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
     parser.add_argument("--max-images", type=int, default=4, help="new pictures of an interleaved document (default: 4)")
-    parser.add_argument("--json", action="store_true", help=f"print {RECORD} and nothing else")
+    add_json_argument(parser)
     parser.set_defaults(run=run, pieces=[])
 
 
@@ -58,12 +60,15 @@ def run(args: argparse.Namespace) -> int:
 
     pieces = [value if kind == "prompt" else load_picture(value) for kind, value in args.pieces]
     trained = load_for_inference(args.checkpoint)
+    out = _folder(args.out)
     samples, pictures, captions = {"paint": _paint, "caption": _caption, "interleave": _interleave}[mode](args, trained, pieces)
     settings = _settings(args, trained)
     record = {"checkpoint": str(trained.checkpoint), "mode": mode, **settings, "samples": samples}
-    out = Path(args.out)
     _write(out, record, pictures, captions)
-    print(json.dumps(record, indent=1) if args.json else _summary(record, out))
+    if args.json:
+        print_json(record)
+    else:
+        print(_summary(record, out))
     return 0
 
 
@@ -84,8 +89,8 @@ def _mode(args: argparse.Namespace) -> str:
 def _check_numbers(args: argparse.Namespace) -> None:
     for name, least in (("steps", 1), ("guidance", 0), ("seed", 0), ("temperature", 0), ("max_new_tokens", 1), ("max_images", 0)):
         value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be at least {least}")
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be a number of at least {least}")
 
 
 def _settings(args: argparse.Namespace, trained: Trained) -> dict[str, Any]:
@@ -169,6 +174,20 @@ def _writing(args: argparse.Namespace, trained: Trained) -> Any:
     return Writing(settings["max_new_tokens"], settings["temperature"], settings["seed"])
 
 
+def _folder(path: str) -> Path:
+    """The output folder, made before the sampling: an hour of painting must not end at a folder that cannot be."""
+    out = Path(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(out, error) from error
+    return out
+
+
+def _not_writable(out: Path, error: OSError) -> UserError:
+    return UserError(f"--out {out}: cannot be written ({error.strerror or error})")
+
+
 def _file(number: int) -> str:
     return f"{number:03d}.png"
 
@@ -179,14 +198,13 @@ def _write(out: Path, record: dict[str, Any], pictures: Sequence[np.ndarray], ca
     from fusiontrain.generate.pictures import contact_sheet
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for number, picture in enumerate(pictures if record["mode"] != "caption" else ()):
             Image.fromarray(picture).save(out / _file(number))
         if len(pictures):
             contact_sheet(pictures, captions).save(out / SHEET)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error})") from error
+        raise _not_writable(out, error) from error
 
 
 def _summary(record: dict[str, Any], out: Path) -> str:

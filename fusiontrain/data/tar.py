@@ -71,7 +71,8 @@ def read_members(path: Path) -> Iterator[Member]:
 def read_samples(path: Path) -> Iterator[TarSample]:
     """The samples of a webdataset shard. Raises UserError where the members of a sample are not neighbours or a name comes twice."""
     seen: set[str] = set()
-    key, members = None, {}
+    key: str | None = None
+    members: dict[str, Member] = {}
     for member in read_members(path):
         folder, _, base = member.name.removeprefix("./").rpartition("/")
         stem, dot, suffix = base.partition(".")

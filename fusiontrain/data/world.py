@@ -42,9 +42,10 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
 KINDS = {"paint": 0.40, "describe": 0.30, "story": 0.05, "text": 0.25}
 """Share of documents: caption then picture, picture then caption, story with pictures, text alone."""
-RETELLING_SHARE = 0.6
-"""Share of the texts alone that tell one scene twice, in two phrasings: from these a language model learns to look things up in what it
-has read, which is how it later reads pictures. The others are stories without pictures."""
+RETELLING_SHARE = 0.8
+"""Share of the texts alone that tell one scene several times, in different phrasings. From these a language model learns to look up what
+it has read, and that is how it will read pictures: with the text side frozen, it can only use what it looks up already. The others are
+stories without pictures."""
 INFO_FILE = "world.json"
 _INFO_NAME = "fusiontrain demo world"
 
@@ -147,8 +148,8 @@ def random_document(rng: Random, held_out: bool) -> WorldDocument:
         return WorldDocument(kind, (None, text), (picture, None), (scene, None))
     if kind == "text" and rng.random() < RETELLING_SHARE:
         scene = random_scene(rng, held_out)
-        first, again = rng.sample(range(NUM_PHRASINGS), 2)
-        return WorldDocument(kind, (f"{caption(scene, first)} in other words: {caption(scene, again)}",), (None,), (None,))
+        told = [caption(scene, phrasing) for phrasing in rng.sample(range(NUM_PHRASINGS), rng.randint(3, NUM_PHRASINGS - 1))]
+        return WorldDocument(kind, (" ".join(told),), (None,), (None,))
     scene = random_scene(rng, held_out, num_objects=rng.choice((1, 1, 2)), corners_only=True)
     told = [caption(scene, rng.randrange(NUM_PHRASINGS))]
     scenes = [scene]

@@ -19,8 +19,9 @@ def world_texts(folder: Path) -> Iterator[str]:
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
             for member in tar:
-                if member.name.endswith(".json"):
-                    yield from (text for text in json.load(tar.extractfile(member))["texts"] if text)
+                file = tar.extractfile(member) if member.name.endswith(".json") else None
+                if file is not None:
+                    yield from (text for text in json.load(file)["texts"] if text)
 
 
 def write_tokenizer(folder: Path, path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from fusiontrain.objectives.noise import keyed_normal
+from fusiontrain.utils.errors import UserError
 from fusiontrain.utils.keyed import hash_key
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -29,7 +30,14 @@ class Sampler(Protocol):
     def sampling_levels(self, steps: int) -> torch.Tensor: ...
 
     def step(
-        self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor, next_level: torch.Tensor, noise: torch.Tensor
+        self,
+        x: torch.Tensor,
+        prediction: torch.Tensor,
+        level: torch.Tensor,
+        next_level: torch.Tensor,
+        noise: torch.Tensor,
+        *,
+        clip: float | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -50,15 +58,29 @@ def image_noise(keys: Sequence[int], draw: int, num_channels: int, grid: Grid, d
     return keyed_normal(noise_keys, image_ids, num_channels, (grid,) * len(keys)).view(len(keys), num_patches, num_channels)
 
 
-def denoise(predict: Predict, sampler: Sampler, keys: Sequence[int], num_channels: int, grid: Grid, steps: int, device: torch.device) -> torch.Tensor:
+def denoise(
+    predict: Predict,
+    sampler: Sampler,
+    keys: Sequence[int],
+    num_channels: int,
+    grid: Grid,
+    steps: int,
+    device: torch.device,
+    *,
+    clip: float | None = None,
+) -> torch.Tensor:
     """Clean images [B, N, C] float32, from noise that is keyed by `keys` (one per image), in `steps` calls of `predict`.
 
     Each step overwrites the noised image, as Transfusion (section 3) samples: nothing of the earlier ones stays in the context.
+    clip: largest magnitude of a clean value, where there is one (1 for pixels). Raises UserError for a number of steps that the sampler does not have.
     """
-    levels = sampler.sampling_levels(steps).to(device)
+    try:
+        levels = sampler.sampling_levels(steps).to(device)
+    except ValueError as error:
+        raise UserError(f"denoising {error}") from error
     x = image_noise(keys, STARTING_NOISE, num_channels, grid, device)
     for index in range(steps):
         prediction = predict(x, levels[index].expand(len(keys)))
         noise = image_noise(keys, 1 + index, num_channels, grid, device)
-        x = sampler.step(x, prediction.float(), levels[index], levels[index + 1], noise).float()
+        x = sampler.step(x, prediction.float(), levels[index], levels[index + 1], noise, clip=clip).float()
     return x

@@ -65,7 +65,9 @@ def paint_into(
         plain_cache = model.new_cache(len(keys), len(unconditional) + grid[0] * grid[1])
         read_tokens(model, plain_cache, [unconditional] * len(keys))
         predict = _guided(predict, _predictor(model, plain_cache, grid), guidance)
-    return denoise(predict, model.image_objective, keys, patch_numbers(model, image), grid, steps, device_of(model))
+    # Pixels end at -1 and 1, and early noise estimates point far beyond; latents have no such bound.
+    clip = 1.0 if model.codec is None else None
+    return denoise(predict, model.image_objective, keys, patch_numbers(model, image), grid, steps, device_of(model), clip=clip)
 
 
 def _predictor(model: FusionModel, cache: KVCache, grid: Grid) -> Predict:

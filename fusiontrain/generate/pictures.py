@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fusiontrain.config.schema import ImageDataConfig
+from fusiontrain.data.modalities.image import to_rgb
 from fusiontrain.generate.guidance import Grid
 from fusiontrain.models.fusion import FusionModel
 from fusiontrain.models.modalities.patches import patchify
@@ -66,13 +67,13 @@ def _fit(picture: np.ndarray, size: int) -> np.ndarray:
 
 
 def load_picture(path: str) -> np.ndarray:
-    """Any image file -> [H, W, 3] uint8. Raises UserError when it is missing or not an image."""
+    """Any image file -> [H, W, 3] uint8, upright and over white as in training. Raises UserError when it is missing or not an image."""
     try:
         with Image.open(path) as opened:
-            return np.asarray(opened.convert("RGB"))
+            return np.asarray(to_rgb(ImageOps.exif_transpose(opened)))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such picture") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a picture that can be read ({error})") from error
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
-
 from fusiontrain.config.schema import Config, ModelConfig
-from fusiontrain.models.fusion import FusionModel
+from fusiontrain.models.fusion import FusionModel, Patcher
 from fusiontrain.models.init import init_weights
 from fusiontrain.models.llama_weights import load_llama, read_llama_shape
 from fusiontrain.models.modalities.image import LinearPatcher
@@ -32,7 +30,7 @@ def build_model(config: Config) -> FusionModel:
     """
     shape = read_llama_shape(config.model.base) if config.model.base else shape_from_config(config.model)
     recipe = RECIPES[config.model.recipe](config.model)
-    image: nn.Module | None = None
+    image: Patcher | None = None
     image_objective, codec, channels = None, None, 0
     if "image" in config.data.modalities:
         codec = LatentCodec(config.model.image.vae) if config.model.image.vae and config.data.image.representation == "pixels" else None
@@ -58,7 +56,7 @@ def build_model(config: Config) -> FusionModel:
     return model
 
 
-def _patcher(config: Config, patch_dim: int, channels: int, dim: int) -> nn.Module:
+def _patcher(config: Config, patch_dim: int, channels: int, dim: int) -> Patcher:
     image = config.model.image
     if image.patcher == "unet":
         return UNetPatcher(patch_dim, channels, dim, image.unet_channels, image.unet_blocks, image.position_embedding)

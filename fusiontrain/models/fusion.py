@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,8 +16,10 @@ from fusiontrain.models.layers.attention import Attend, Layout
 from fusiontrain.models.layers.block import Block
 from fusiontrain.models.layers.rope import RotaryEmbedding
 from fusiontrain.models.layers.untied import UntiedRMSNorm
+from fusiontrain.models.modalities.image import LinearPatcher
 from fusiontrain.models.modalities.patches import Grid, unpatchify
 from fusiontrain.models.modalities.text import TextModality
+from fusiontrain.models.modalities.unet import UNetPatcher
 from fusiontrain.models.modalities.vae import LatentCodec
 from fusiontrain.models.plan import ModelPlan
 from fusiontrain.models.recipes.recipe import Recipe
@@ -24,6 +27,8 @@ from fusiontrain.models.shape import ModelShape
 from fusiontrain.objectives.noise import keyed_normal
 from fusiontrain.types import Batch, LossTerm, Payload
 from fusiontrain_kernels.masked_routing_attention import masked_routing_attention
+
+Patcher = LinearPatcher | UNetPatcher
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class FusionModel(nn.Module):
         recipe: Recipe,
         *,
         text_objective: nn.Module,
-        image: nn.Module | None = None,
+        image: Patcher | None = None,
         image_objective: Any = None,
         image_channels: int = 0,
         codec: LatentCodec | None = None,
@@ -72,7 +77,7 @@ class FusionModel(nn.Module):
         terms = {
             TEXT.name: self.text_objective(hidden[text], self.text.head_weight, batch.labels[text], batch.loss_weights[text])
         }
-        if images is not None:
+        if self.image is not None and images is not None:
             prediction = self.image.decode(hidden[_rows(batch, IMAGE.id)], images.patcher_state)
             terms[IMAGE.name] = self.image_objective.loss(prediction, images.payload, images.noise, images.levels)
         return terms
@@ -95,6 +100,7 @@ class FusionModel(nn.Module):
         return self._run_blocks(x, layout, [attend] * len(self.blocks)), images
 
     def _embed_images(self, payload: Payload) -> tuple[torch.Tensor, _NoisedImages]:
+        assert self.image is not None
         if self.codec is not None:
             payload = replace(payload, values=self.codec.encode(payload.values, payload.grids))
         noise = keyed_normal(payload.noise_keys, payload.image_ids, payload.values.shape[-1], payload.grids)
@@ -103,7 +109,7 @@ class FusionModel(nn.Module):
         rows, state = self.image.encode(noised, levels, payload.image_ids, payload.grids)
         return rows, _NoisedImages(payload, noise, levels, state)
 
-    def _run_blocks(self, x: torch.Tensor, layout: Layout, attends: list[Attend]) -> torch.Tensor:
+    def _run_blocks(self, x: torch.Tensor, layout: Layout, attends: Sequence[Attend]) -> torch.Tensor:
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, layout, attend)
         return self.final_norm(x, layout.modality_bounds)
