@@ -64,18 +64,26 @@ def _config(args: argparse.Namespace, checkpoint: Path, own: Config) -> Config:
     if path is not None and "=" in path:  # argparse takes the first override for the file
         overrides, path = [path, *overrides], None
     config = load(path or checkpoint / "config.yaml", overrides)
+    for key in ("patch_size", "channels", "representation"):
+        given, trained = getattr(config.data.image, key), getattr(own.data.image, key)
+        if given != trained:
+            raise UserError(f"data.image.{key}={given}: the checkpoint's model was trained with {trained}, which it cannot change: leave it as it was")
     return config.model_copy(update={"model": own.model})
 
 
 def _demo_world(config: Config) -> Path | None:
-    """The folder of the demo world that the first validation source lies in; None for other data."""
+    """The demo world whose split, as a folder or as tars in it, is the first validation source; None for other data."""
     from fusiontrain.data.world import world_info
 
-    folder = Path(config.data.validation_sources[0].path).parent
-    return folder if world_info(folder) is not None else None
+    folders = Path(config.data.validation_sources[0].path).parents[:2]
+    return next((folder for folder in folders if world_info(folder) is not None), None)
 
 
 def _print(report: dict[str, Any]) -> None:
     rows = [("validation loss", name, f"{loss:.4f}") for name, loss in report["validation"].items()]
     rows += [("score", name, f"{value:.3f}") for name, value in report.get("scores", {}).items()]
     print_table(rows)
+    for task, by_kind in report.get("details", {}).items():
+        names = [name for name in by_kind["all"] if name != "count"]
+        print(f"\n{task}: shares that are right")
+        print_table([("", "count", *names), *((kind, int(part["count"]), *(f"{part[name]:.2f}" for name in names)) for kind, part in by_kind.items())], "  ")

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     pieces = [value if kind == "prompt" else load_picture(value) for kind, value in args.pieces]
     trained = load_for_inference(args.checkpoint)
     out = _folder(args.out)
-    samples, pictures, captions = {"paint": _paint, "caption": _caption, "interleave": _interleave}[mode](args, trained, pieces)
+    sample = {"paint": _paint, "caption": _caption}.get(mode, _interleave)
+    samples, pictures, captions = sample(args, trained, pieces)
     settings = _settings(args, trained)
     record = {"checkpoint": str(trained.checkpoint), "mode": mode, **settings, "samples": samples}
     _write(out, record, pictures, captions)
@@ -130,9 +131,7 @@ def _caption(args: argparse.Namespace, trained: Trained, pictures: Sequence[np.n
     from fusiontrain.generate.caption import caption
 
     data = trained.config.data
-    texts = caption(
-        trained.model, trained.tokenizer, pictures, image=data.image, writing=_writing(args, trained), context=data.sequence_length
-    )
+    texts = caption(trained.model, trained.tokenizer, pictures, image=data.image, writing=_writing(args, trained), context=data.sequence_length)
     sources = [value for _, value in args.pieces]
     return [{"image": source, "text": text} for source, text in zip(sources, texts, strict=True)], list(pictures), texts
 
@@ -153,7 +152,8 @@ def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any
         context=data.sequence_length,
     )
     pieces: list[dict[str, str]] = []
-    pictures, captions = [], []
+    pictures: list[np.ndarray] = []
+    captions: list[str] = []
     before = " ".join(value for kind, value in args.pieces if kind == "prompt")
     for piece in produced:
         if isinstance(piece, str):

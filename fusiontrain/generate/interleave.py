@@ -72,16 +72,12 @@ def _room(cache: KVCache, context: int) -> int:
     return context - int(cache.lengths[0])
 
 
-def _paint_next(
-    model: FusionModel, tokenizer: Tokenizer, cache: KVCache, key: int, image: ImageDataConfig, steps: int, guidance: float
-) -> torch.Tensor:
+def _paint_next(model: FusionModel, tokenizer: Tokenizer, cache: KVCache, key: int, image: ImageDataConfig, steps: int, guidance: float) -> torch.Tensor:
     read_tokens(model, cache, [[tokenizer.begin_image_id]])
     return paint_into(model, tokenizer, cache, [key], image, steps, guidance)
 
 
-def _read_prompt(
-    model: FusionModel, tokenizer: Tokenizer, prompt: Sequence[Piece], image: ImageDataConfig, context: int
-) -> tuple[KVCache, torch.Tensor]:
+def _read_prompt(model: FusionModel, tokenizer: Tokenizer, prompt: Sequence[Piece], image: ImageDataConfig, context: int) -> tuple[KVCache, torch.Tensor]:
     """A cache of one row that holds the prompt, and the logits [1, V] behind it."""
     grid = grid_of(model, image)
     encoded = [tokenizer.encode(piece) if isinstance(piece, str) else piece for piece in prompt]
