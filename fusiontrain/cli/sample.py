@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     pieces = [value if kind == "prompt" else load_picture(value) for kind, value in args.pieces]
     trained = load_for_inference(args.checkpoint)
     out = _folder(args.out)
-    sample = {"paint": _paint, "caption": _caption}.get(mode, _interleave)
-    samples, pictures, captions = sample(args, trained, pieces)
+    samples, pictures, captions = MODES[mode](args, trained, pieces)
     settings = _settings(args, trained)
     record = {"checkpoint": str(trained.checkpoint), "mode": mode, **settings, "samples": samples}
     _write(out, record, pictures, captions)
@@ -106,7 +105,7 @@ def _settings(args: argparse.Namespace, trained: Trained) -> dict[str, Any]:
     }
 
 
-Result = tuple[list[dict[str, Any]], "list[np.ndarray]", list[str]]
+Result = tuple[list[dict[str, Any]], list["np.ndarray"], list[str]]
 """Records of the samples, the new pictures that their "file" entries name, and what the contact sheet says under each."""
 
 
@@ -165,6 +164,9 @@ def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any
             captions.append(before)
             before = ""
     return [{"prompt": [{kind: value} for kind, value in args.pieces], "pieces": pieces}], pictures, captions
+
+
+MODES: dict[str, Callable[..., Result]] = {"paint": _paint, "caption": _caption, "interleave": _interleave}
 
 
 def _writing(args: argparse.Namespace, trained: Trained) -> Any:

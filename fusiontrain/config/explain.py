@@ -59,7 +59,7 @@ def given(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return f"{value}"
-    names = {str: "the text", list: "the list", dict: "a section with the keys"}
+    names: dict[type, str] = {str: "the text", list: "the list", dict: "a section with the keys"}
     shown = ", ".join(value) if isinstance(value, dict) else repr(value)
     return f"{names.get(type(value), 'the value')} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
@@ -68,8 +68,7 @@ def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]
     """Every dotted key of the schema below `prefix`, sections included; entries of lists are not."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        section = _section(field.annotation)
-        if section:
+        for section in filter(None, map(_section, _alternatives(field.annotation))):
             yield from all_keys(section, f"{prefix}{name}.")
 
 

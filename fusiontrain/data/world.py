@@ -6,6 +6,7 @@ alone. Shards follow energon's interleaved layout with one extra field, `scenes`
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -40,6 +41,8 @@ from fusiontrain.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
+SERIES = ("pictures", "texts")
+"""Of shards: texts alone have their own, since training on frozen text has no use for them."""
 KINDS = {"paint": 0.40, "describe": 0.30, "story": 0.05, "text": 0.25}
 """Share of documents: caption then picture, picture then caption, story with pictures, text alone."""
 RETELLING_SHARE = 0.8
@@ -232,13 +235,20 @@ def _write_split(folder: Path, split: str, num_documents: int, seed: int, docume
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.tar"):
         stale.unlink()
-    for shard, start in enumerate(range(0, num_documents, documents_per_shard)):
-        # time and owner are fixed: the bytes depend on the arguments alone
-        with TarWriter(str(folder / f"shard-{shard:05d}.tar"), mtime=0, user="world", group="world") as writer:
-            for number in range(start, min(start + documents_per_shard, num_documents)):
-                # a generator of its own, so that a document depends on neither its neighbours nor the world's size
-                document = random_document(Random(f"{seed}/{split}/{number}"), held_out=split == "validation")
-                writer.write(_to_sample(f"{split}-{number:07d}", document))
+    # a generator for every document, so that one depends on neither its neighbours nor the world's size
+    numbered = ((number, random_document(Random(f"{seed}/{split}/{number}"), split == "validation")) for number in range(num_documents))
+    with contextlib.ExitStack() as open_writers:
+        writers: dict[str, TarWriter] = {}
+        written = dict.fromkeys(SERIES, 0)
+        for number, document in numbered:
+            series = "texts" if document.kind == "text" else "pictures"
+            shard, place = divmod(written[series], documents_per_shard)
+            if place == 0:
+                path = folder / f"{series}-{shard:05d}.tar"
+                # time and owner are fixed: the bytes depend on the arguments alone
+                writers[series] = open_writers.enter_context(TarWriter(str(path), mtime=0, user="world", group="world"))
+            writers[series].write(_to_sample(f"{split}-{number:07d}", document))
+            written[series] += 1
 
 
 def world_info(directory: str | Path) -> dict[str, Any] | None:
