@@ -33,17 +33,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError with one line per problem.
     """
     tree = _read(Path(path))
+    written = OmegaConf.to_container(tree)
     keys = [_apply(tree, override) for override in overrides]
+    blame = [*keys, *(section for key in keys for section in _sections_around(key) if not _holds(written, section))]
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise UserError(f"{_origin(path, key, keys)}: {key}: {_first_line(error)}") from error
+        raise UserError(f"{_origin(path, key, blame)}: {key}: {_first_line(error)}") from error
     config, problems = _check(values)
     if config is not None:
         problems = cross_section_problems(config)
     if problems or config is None:
-        raise UserError("\n".join(f"{_origin(path, problem.key, keys)}: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{_origin(path, problem.key, blame)}: {problem}" for problem in problems))
     return config
 
 
@@ -102,9 +104,27 @@ def _check(values: Any) -> tuple[Config | None, list[Problem]]:
 
 
 def _origin(path: str | Path, key: str, override_keys: list[str]) -> str:
-    """Who is to blame for the value at `key`: an override of it, or of something in or around it; else the file."""
+    """Who is to blame for the value at `key`: an override of it, or of a section around it; else the file."""
     related = any(f"{key}.".startswith(f"{other}.") for other in override_keys)
     return COMMAND_LINE if related else str(path)
+
+
+def _sections_around(key: str) -> list[str]:
+    """`a.b.c` -> `a`, `a.b`."""
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _holds(tree: Any, key: str) -> bool:
+    """Whether nested dicts and lists have something at a dotted key."""
+    for part in key.split("."):
+        if isinstance(tree, dict) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+            tree = tree[int(part)]
+        else:
+            return False
+    return True
 
 
 def _escape(value: Any) -> Any:

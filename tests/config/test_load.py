@@ -55,8 +55,11 @@ def test_a_value_may_name_another_and_the_environment(path: Path, monkeypatch: p
     assert load(path, ["run.dir=runs/${oc.env:RUN_NAME}-${train.steps}"]).run.dir == "runs/seven-10"
 
 
-@settings(max_examples=60, deadline=None)
-@given(prompt=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"])) | st.sampled_from(["1e3", "null", "${a}", "\\${a}", "${", "a\\", "yes", "'", "1_000"]))
+@settings(max_examples=25, deadline=None)
+@given(
+    prompt=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]))
+    | st.sampled_from(["1e3", "null", "${a}", "\\${a}", "${", "a\\", "yes", "'", "1_000"])
+)
 def test_the_resolved_yaml_loads_back_equal(prompt: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("yaml") / "x.yaml"
     file.write_text(TEXT)
@@ -122,7 +125,7 @@ def test_wrong_overrides_are_blamed_on_the_command_line(path: Path, override: st
         ("- a", "FILE: holds a list; expected sections"),
         ("a: 1\nb: [", "FILE:3: not valid YAML"),
         ("a: 1\na: 2", "FILE:2: not valid YAML: found duplicate key a"),
-        ("run: {dir: ???}", "FILE: run.dir: Missing mandatory value"),
+        ("run: {dir: '???'}", "FILE: run.dir: Missing mandatory value"),
         ("run: {dir: '${'}", "FILE: "),
     ],
 )
