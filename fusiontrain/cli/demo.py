@@ -132,15 +132,17 @@ class Demo:
     def fusion(self) -> Path:
         return self.out / "lmfusion"
 
-    def _sources(self) -> tuple[str, ...]:
-        return (
-            f"data.sources=[{{path: {self.world / 'train'}}}]",
-            f"data.validation_sources=[{{path: {self.world / 'validation'}}}]",
-            f"seed={self.seed}",
-        )
+    def _sources(self, *series: str) -> tuple[str, ...]:
+        """The world of this demo in place of the config's, one source per series of shards."""
+        sources = (f"data.sources.{i}.path={self.world / 'train' / name}-*.tar" for i, name in enumerate(series))
+        return (*sources, f"data.validation_sources.0.path={self.world / 'validation'}", f"seed={self.seed}")
+
+    def _llama_overrides(self) -> tuple[str, ...]:
+        tokenizer = f"data.tokenizer.path={self.out / 'tokenizer.json'}"
+        return (*self._sources("texts", "pictures"), tokenizer, *self.size.overrides_llama)
 
     def _fusion_overrides(self) -> tuple[str, ...]:
-        return (*self._sources(), f"model.base={self.llama}", *self.size.overrides_fusion, *self.overrides)
+        return (*self._sources("pictures"), f"model.base={self.llama}", *self.size.overrides_fusion, *self.overrides)
 
     def _fusion_config(self) -> Any:
         from fusiontrain.config.load import load
@@ -166,8 +168,7 @@ class Demo:
 
     def _pretrain(self) -> None:
         run = self.out / "llama_run"
-        overrides = (*self._sources(), f"data.tokenizer.path={self.out / 'tokenizer.json'}", *self.size.overrides_llama)
-        stages.train(stages.find_config("quickstart_llama.yaml"), run, overrides, self.processes, self._progress)
+        stages.train(stages.find_config("quickstart_llama.yaml"), run, self._llama_overrides(), self.processes, self._progress)
         stages.export_base(run, self.llama)
 
     def _train_fusion(self, half: bool) -> int:

@@ -20,6 +20,14 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, step, steps) while a training runs."""
 
 POLL_SECONDS = 0.5
+ENVIRONMENT = {
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "OMP_NUM_THREADS": "1",
+}
+"""Of the trainings, where nothing else is set; launch/env.sh has the reasons."""
+
 EDGE_STEPS = 20
 """Losses "at the start" and "at the end" are means over this many steps."""
 
@@ -94,11 +102,7 @@ def _total_steps(run: Path) -> int:
 @contextlib.contextmanager
 def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A child that does not outlive this process, whatever ends it."""
-    # torchrun's agents otherwise share one store across restarts, and gloo then reads stale addresses (pytorch#135712).
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": path}
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **os.environ})
     try:
         yield process
     finally:

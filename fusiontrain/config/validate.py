@@ -181,5 +181,5 @@ def _found(source: SourceConfig) -> bool:
     if "://" in path:  # not on this disk
         return True
     if Path(path).is_dir():
-        return any(Path(path).glob("**/*.tar"))
+        return any(Path(path).glob("*.tar"))
     return bool(glob.glob(re.sub(r"\{[^{}]*\}", "*", path)))  # a brace range as a wildcard: some of it is there

@@ -42,8 +42,8 @@ def caption(
             read_tokens(model, cache, [before] * len(values))
             logits = read_image(model, tokenizer, cache, values, grid)
             numbers = range(first, first + len(values))
-            written, _ = write_text(model, tokenizer, cache, logits, writing, stop_ids=stop_ids, row_numbers=numbers)
-            texts += [tokenizer.decode(row).strip() for row in written]
+            written = write_text(model, tokenizer, cache, logits, writing, stop_ids=stop_ids, row_numbers=numbers)
+            texts += [tokenizer.decode(row).strip() for row in written.tokens]
     return texts
 
 

@@ -47,25 +47,29 @@ def interleave(
     produced: list[Piece] = []
     with evaluating(model):
         cache, logits = _read_prompt(model, tokenizer, prompt, image, context)
+        text: list[int] = []
         num_written = num_images = 0
         while True:
-            # An image costs its patches, BOI and EOI, and one place for the token after it.
+            # An image costs its patches, BOI and EOI, and one place for the token after it. While one may come, its places are kept free.
             may_paint = num_images < max_images and _room(cache, context) >= patches + 3
-            budget = min(writing.max_new_tokens - num_written, _room(cache, context) - (patches + 2 if may_paint else 0))
+            room = _room(cache, context) - (patches + 2 if may_paint else 0)
+            limited = replace(writing, max_new_tokens=min(writing.max_new_tokens - num_written, room))
             stop_ids = [tokenizer.end_text_id, *([tokenizer.begin_image_id] if may_paint else [])]
-            limited = replace(writing, max_new_tokens=max(budget, 0))
-            (written,), (ended_by,) = write_text(
-                model, tokenizer, cache, logits, limited, stop_ids=stop_ids, row_numbers=[0], first_place=num_written + num_images
-            )
-            num_written += len(written)
-            if written:
-                produced.append(tokenizer.decode(written).strip())
-            if ended_by != tokenizer.begin_image_id:
+            place = num_written + num_images
+            written = write_text(model, tokenizer, cache, logits, limited, stop_ids=stop_ids, row_numbers=[0], first_place=place)
+            text += written.tokens[0]
+            num_written += len(written.tokens[0])
+            if written.ended_by[0] is None and num_written < writing.max_new_tokens and _room(cache, context):
+                logits = written.logits  # the places that were kept for an image are for text after all
+                continue
+            if text:
+                produced.append(tokenizer.decode(text).strip())
+            if written.ended_by[0] != tokenizer.begin_image_id:
                 return produced
             values = _paint_next(model, tokenizer, cache, hash_key(writing.seed, num_images), image, steps, guidance)
             produced += to_pictures(model, values, grid_of(model, image))
             logits = read_image(model, tokenizer, cache, values, grid_of(model, image))
-            num_images += 1
+            text, num_images = [], num_images + 1
 
 
 def _room(cache: KVCache, context: int) -> int:

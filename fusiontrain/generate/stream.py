@@ -24,6 +24,15 @@ class Writing:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Written:
+    """B rows of new text: their tokens without the stop token, that token (None where the budget ended the row), and the logits [B, V] behind it all."""
+
+    tokens: list[list[int]]
+    ended_by: list[int | None]
+    logits: torch.Tensor
+
+
 @contextmanager
 def evaluating(model: FusionModel) -> Iterator[None]:
     """Evaluation mode without gradients; the mode is put back afterwards, since training samples in between its steps."""
@@ -71,11 +80,11 @@ def write_text(
     stop_ids: Collection[int],
     row_numbers: Sequence[int],
     first_place: int = 0,
-) -> tuple[list[list[int]], list[int | None]]:
+) -> Written:
     """Continue B rows from `logits` [B, V] until a stop token or `max_new_tokens`.
 
-    row_numbers [B] and first_place key the draws, so that a row does not depend on its neighbours. Returns the tokens of each row without the
-    stop token, and that token (None where the budget ended it). The cache holds every returned token when a row ended with a stop token, and no stop token.
+    row_numbers [B] and first_place key the draws, so that a row does not depend on its neighbours. The cache holds every token that is
+    returned, and no stop token.
     """
     forbidden = _never_written(tokenizer, logits.shape[-1], stop_ids).to(logits.device)
     written: list[list[int]] = [[] for _ in row_numbers]
@@ -93,7 +102,7 @@ def write_text(
         # A finished row rides along and adds nothing: its new length is 0.
         new_tokens = torch.tensor(chosen, device=logits.device)[:, None]
         logits = model.decode_text(new_tokens, cache, torch.tensor(live, device=logits.device).long())[:, 0].float()
-    return written, ended_by
+    return Written(written, ended_by, logits)
 
 
 def _never_written(tokenizer: Tokenizer, vocab_size: int, stop_ids: Collection[int]) -> torch.Tensor:

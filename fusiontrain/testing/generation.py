@@ -28,29 +28,34 @@ def lively_model(config: Config) -> FusionModel:
 
 
 class ScriptedModel:
-    """A model that reads for real and then writes what a script says: each row of `script` is the next tokens of that row of the batch.
+    """A model that reads for real, but whose logits always ask for the next token of a script, one script per row of the batch.
 
-    `read` and `shown` keep what went into the cache, row by row: token ids, and images [N, C] where an image was committed.
+    A script moves on when its token is fed back; its last token is asked for ever after. `read` is what went into the cache, row by row:
+    token ids, and images [N, C] where an image was committed. `logits` are the model's own, of the last call.
     """
 
-    def __init__(self, model: FusionModel, script: Sequence[Sequence[int]]) -> None:
-        self.model, self.script = model, [list(row) for row in script]
-        self.read: list[list[Any]] = [[] for _ in script]
-        self.logits: torch.Tensor | None = None
-        self._used = [0] * len(script)
+    def __init__(self, model: FusionModel, scripts: Sequence[Sequence[int]]) -> None:
+        self.model, self.scripts = model, [list(script) for script in scripts]
+        self.read: list[list[Any]] = [[] for _ in scripts]
+        self.logits = torch.zeros(0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def decode_text(self, token_ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """The model's own logits are kept in `logits`; what comes back is 1 at the script's next token, which counts as read once it is fed."""
+    def decode_text(self, token_ids: torch.Tensor, cache: KVCache, lengths: torch.Tensor) -> torch.Tensor:
+        if cache.max_length == len((BOS, BOI)) + self.picture_patches:  # the unconditional stream of guidance
+            return self.model.decode_text(token_ids, cache, lengths)
         self.logits = self.model.decode_text(token_ids, cache, lengths)
-        logits = torch.zeros_like(self.logits)
-        for row, count in enumerate(lengths.tolist() if lengths is not None else [token_ids.shape[1]] * len(token_ids)):
-            self.read[row] += token_ids[row, :count].tolist()
-            logits[row, :, self.script[row][min(self._used[row], len(self.script[row]) - 1)]] = 1
-            self._used[row] += count > 0 and not (count == 1 and int(token_ids[row, 0]) == BOI)
-        return logits
+        wanted = torch.zeros_like(self.logits)
+        for row, script in enumerate(self.scripts):
+            new = token_ids[row, : int(lengths[row])].tolist()
+            self.read[row] += new
+            if new == script[:1] and len(script) > 1:
+                del script[0]
+            wanted[row, :, script[0]] = 1
+        return wanted
+
+    picture_patches = 4
 
     def decode_image(self, values: torch.Tensor, levels: torch.Tensor, grid: tuple[int, int], cache: KVCache, commit: bool) -> torch.Tensor:
         if commit:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from fusiontrain.generate import paint as paint_module
 from fusiontrain.generate.guidance import denoise, guide, image_noise
 from fusiontrain.generate.paint import paint
 from fusiontrain.generate.stream import opening, read_tokens
@@ -186,10 +185,3 @@ def test_a_model_that_cannot_paint_says_so(model) -> None:
     latents = tiny_config({"data.image": {"size": 8, "patch_size": 4, "representation": "latents", "channels": 4}})
     with pytest.raises(UserError, match="latents"):
         painted(build_model(latents), config=latents)
-
-
-def test_pixels_are_clipped_and_latents_are_not(model, monkeypatch) -> None:
-    seen = []
-    monkeypatch.setattr(paint_module, "denoise", lambda *args, clip: seen.append(clip) or denoise(*args, clip=clip))
-    painted(model)
-    assert seen == [1.0]
