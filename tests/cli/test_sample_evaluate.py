@@ -1,0 +1,144 @@
+"""`fusiontrain sample` and `fusiontrain evaluate`, as a person calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fusiontrain.cli.main import main
+from fusiontrain.config.load import to_yaml
+from fusiontrain.testing.training import world_config
+
+BRIEF = ["--steps", "2", "--max-new-tokens", "6"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A run of one step of LMFusion on a small demo world of 32 x 32 pixels."""
+    folder = tmp_path_factory.mktemp("trained")
+    image = {"size": 32, "patch_size": 8}
+    config = world_config(folder, {"train.steps": 1, "optimizer.warmup_steps": 0, "sample": {"steps": 2, "max_new_tokens": 6}, "data.image": image})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    assert main(["train", str(folder / "config.yaml")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "p.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(40, 50, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def sampled(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
+    capsys.readouterr()
+    assert main(["sample", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_prompts_are_painted(run_dir, tmp_path, capsys) -> None:
+    record = sampled(capsys, str(run_dir), "--prompt", "a red circle", "--prompt", "blau: größer", "--out", str(tmp_path), "--seed", "5")
+    assert record["mode"] == "paint" and record["checkpoint"].endswith("step-00000001")
+    assert record["samples"] == [{"prompt": "a red circle", "file": "000.png"}, {"prompt": "blau: größer", "file": "001.png"}]
+    assert (record["seed"], record["steps"], record["guidance"]) == (5, 2, 3.0), "what is not given is the config's"
+    assert json.loads((tmp_path / "samples.json").read_text(encoding="utf-8")) == record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000.png", "001.png", "contact-sheet.png", "samples.json"]
+    first = np.asarray(Image.open(tmp_path / "000.png"))
+    assert first.shape == (32, 32, 3)
+
+    checkpoint = str(run_dir / "checkpoints" / "step-00000001")
+    again = tmp_path / "again"
+    arguments = [checkpoint, "--prompt", "a red circle", "--out", str(again)]
+    assert main(["sample", *arguments, "--seed", "5"]) == 0
+    assert str(again / "000.png") + ": a red circle" in capsys.readouterr().out
+    assert np.abs(np.asarray(Image.open(again / "000.png")).astype(int) - first).max() <= 1, "the second prompt was no part of the first picture"
+    sampled(capsys, *arguments, "--seed", "6")
+    assert np.abs(np.asarray(Image.open(again / "000.png")).astype(int) - first).max() > 8
+
+
+def test_pictures_are_captioned(run_dir, picture, tmp_path, capsys) -> None:
+    record = sampled(capsys, str(run_dir), "--image", picture, "--out", str(tmp_path))
+    assert record["mode"] == "caption"
+    assert [sample["image"] for sample in record["samples"]] == [picture] and isinstance(record["samples"][0]["text"], str)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["contact-sheet.png", "samples.json"]
+
+
+def test_both_make_one_document_in_the_order_given(run_dir, picture, tmp_path, capsys) -> None:
+    record = sampled(capsys, str(run_dir), "--prompt", "one", "--image", picture, "--prompt", "two", "--out", str(tmp_path))
+    assert record["mode"] == "interleave"
+    (sample,) = record["samples"]
+    assert sample["prompt"] == [{"prompt": "one"}, {"image": picture}, {"prompt": "two"}]
+    assert all(set(piece) in ({"text"}, {"file"}) for piece in sample["pieces"])
+    assert all((tmp_path / piece["file"]).is_file() for piece in sample["pieces"] if "file" in piece)
+    assert sampled(capsys, str(run_dir), "--prompt", "one", "--mode", "interleave", "--out", str(tmp_path))["mode"] == "interleave"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "nothing to do"),
+        (["--prompt", "x", "--mode", "caption"], "takes --image only"),
+        (["--prompt", "x", "--steps", "0"], "--steps 0: must be a number of at least 1"),
+        (["--prompt", "x", "--guidance", "nan"], "--guidance nan"),
+        (["--prompt", "x" * 300], "data.sequence_length) is 256"),
+        (["--image", "nowhere.png"], "nowhere.png: no such picture"),
+        (["--image", __file__], "not a picture"),
+    ],
+)
+def test_mistakes_are_one_sentence(run_dir, tmp_path, capsys, arguments, word) -> None:
+    capsys.readouterr()
+    assert main(["sample", str(run_dir), "--out", str(tmp_path), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and word in err
+
+
+def test_folders_that_cannot_be_are_refused(run_dir, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["sample", str(run_dir), "--prompt", "x", "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path), "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
+    assert "neither a complete checkpoint nor a run" in capsys.readouterr().err
+
+
+def test_a_language_model_asked_to_paint_says_what_it_is(run_dir, tmp_path, capsys) -> None:
+    overrides = {"model.recipe": "dense", "data.modalities": ["text"], "run.dir": str(tmp_path / "run"), "train.steps": 1, "sample.prompts": ()}
+    (tmp_path / "config.yaml").write_text(to_yaml(world_config(run_dir.parent, {**overrides, "optimizer.warmup_steps": 0})))
+    assert main(["train", str(tmp_path / "config.yaml")]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "run"), "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
+    assert "reads and writes text only" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["validation"]) == {"text"} and "scores" not in report
+
+
+def test_evaluate_reports_losses_and_scores(run_dir, capsys) -> None:
+    def evaluated(*arguments: str) -> dict:
+        capsys.readouterr()
+        assert main(["evaluate", str(run_dir), *arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    report = evaluated("--judge", "2")
+    assert set(report["validation"]) == {"text", "image"}
+    assert set(report["scores"]) == {"color_accuracy", "shape_accuracy", "size_accuracy", "place_accuracy", "caption_accuracy"}
+    assert report["details"]["painting"]["all"]["count"] <= 2
+    assert evaluated("--judge", "2") == report
+    world = run_dir.parent / "world"
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert report["validation"]["image"] == pytest.approx(json.loads(lines[-1])["validation/image"]), "the numbers that training wrote"
+
+    globbed = evaluated(f"data.validation_sources.0.path={world}/validation/*.tar", "sample.steps=1", "--judge", "1")
+    assert globbed["validation"] == report["validation"] and "scores" in globbed
+    assert "scores" not in evaluated("--judge", "0")
+    capsys.readouterr()
+    assert main(["evaluate", str(run_dir), "--judge", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "color_accuracy" in out and "painting: shares that are right" in out
+    assert main(["evaluate", str(run_dir), "data.image.patch_size=4"]) == 2
+    assert "was trained with 8" in capsys.readouterr().err
+    assert main(["evaluate", str(run_dir), "data.validation_sources=[]"]) == 2
+    assert "validation_sources" in capsys.readouterr().err
