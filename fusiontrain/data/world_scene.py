@@ -80,11 +80,11 @@ def random_look(rng: Random, held_out: bool) -> tuple[str, str, str]:
 
 
 def random_scene(rng: Random, held_out: bool, num_objects: int | None = None, corners_only: bool = False) -> Scene:
-    """A scene of 1 (60%), 2 (25%) or 3 (15%) objects, or of `num_objects`.
+    """A scene of 1 (70%), 2 (20%) or 3 (10%) objects, or of `num_objects`.
 
     held_out: whether the pairs of HELD_OUT_PAIRS may appear. corners_only: leave out the centre (stories add objects later).
     """
-    count = num_objects or rng.choices((1, 2, 3), weights=(60, 25, 15))[0]
+    count = num_objects or rng.choices((1, 2, 3), weights=(70, 20, 10))[0]
     free = list(PLACES) if count == 1 and not corners_only else list(CORNERS)
     places = rng.sample(free, count)
     return in_reading_order([SceneObject(*random_look(rng, held_out), place) for place in places])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fusiontrain.generate import stream
 from fusiontrain.generate.caption import caption
 from fusiontrain.generate.pictures import from_pictures
 from fusiontrain.generate.stream import Writing, _choose, read_tokens, write_text
@@ -88,6 +89,12 @@ def test_draws_follow_the_probabilities() -> None:
     assert shares[1] == 0
     sharper = np.bincount(_choose(logits, Writing(1, temperature=0.5), range(4000), 0), minlength=4) / 4000
     np.testing.assert_allclose(sharper, probabilities**2 / (probabilities**2).sum(), atol=0.03)
+
+
+def test_a_draw_of_zero_passes_over_tokens_of_no_probability(monkeypatch) -> None:
+    monkeypatch.setattr(stream, "keyed_uniform", lambda *keys: 0.0)
+    logits = torch.tensor([[-torch.inf, -torch.inf, 1.0, 1.0]])
+    assert _choose(logits, Writing(1, temperature=1.0), [0], 0) == [2]
 
 
 def test_a_budget_beyond_the_context_is_refused(model) -> None:

@@ -100,6 +100,24 @@ def test_noise_is_a_function_of_key_and_draw_alone() -> None:
     assert not torch.equal(together[1:2], image_noise([6], 3, 4, (2, 3), cpu))
 
 
+def test_every_step_gets_noise_of_its_own() -> None:
+    class Recorder:
+        noises: list[torch.Tensor] = []
+
+        def sampling_levels(self, steps: int) -> torch.Tensor:
+            return torch.linspace(1, 0, steps + 1)
+
+        def step(self, x, prediction, level, next_level, noise, *, clip=None):
+            self.noises = [*(self.noises or [x]), noise]
+            return x
+
+    recorder = Recorder()
+    denoise(lambda x, levels: x, recorder, [1, 2], 4, (2, 2), 3, torch.device("cpu"))
+    numbers = torch.stack(recorder.noises).flatten(2).flatten(0, 1)  # the start and three steps, of two images
+    assert len(numbers) == 8
+    assert len({tuple(row.tolist()) for row in numbers}) == 8
+
+
 def test_guide_is_linear_between_and_beyond_the_two_predictions() -> None:
     with_text, without = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 2.0])
     assert torch.equal(guide(with_text, without, 0.0), without)
