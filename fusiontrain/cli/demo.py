@@ -50,6 +50,7 @@ FAST = Size(
 
 
 def add_parser(subparsers: Any) -> None:
+    """Adds `demo` to the program's subparsers."""
     parser = subparsers.add_parser("demo", help="the whole path on one machine: world, Llama, LMFusion, resume, pictures, report")
     parser.add_argument("--out", default="runs/demo", help="folder for everything the demo makes (default: runs/demo)")
     parser.add_argument("--fast", action="store_true", help="a one-minute version that shows the path and learns next to nothing")
@@ -60,6 +61,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Exit code 0; UserError for a folder that is not the demo's, or a stage that failed."""
     demo = Demo(Path(args.out), FAST if args.fast else FULL, args.processes, args.seed, tuple(args.overrides))
     report = demo.run()
     if args.json:

@@ -140,6 +140,7 @@ def open_log(folder: Path, rank: int) -> logging.Handler:
 
 
 def close_log(handler: logging.Handler) -> None:
+    """Undo `open_log`."""
     root = logging.getLogger("fusiontrain")
     root.removeHandler(handler)
     root.propagate = True

@@ -103,6 +103,18 @@ def test_public_functions_are_annotated(path):
     assert missing == []
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_public_functions_and_classes_say_what_they_do(path):
+    """Module level only. A body of one or two lines may speak for itself, and so do the sections of the schema: their fields are described."""
+    missing = [
+        f"{node.name}:{node.lineno}"
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and path.name != "schema.py"
+        if node.end_lineno - node.body[0].lineno >= 2 and not ast.get_docstring(node)
+    ]
+    assert missing == []
+
+
 def test_folders_that_must_not_be_packages():
     for folder in ("kernels", "launch", "configs", "tests", "docker"):
         assert (ROOT / folder).is_dir()

@@ -14,6 +14,7 @@ from fusiontrain.models.recipes.recipe import ONE_EACH, ONE_FOR_ALL, SHARED, Rec
 
 
 def lmfusion(model: ModelConfig) -> Recipe:
+    """Separate what `model.separation` says; freeze the text side unless `model.freeze_text` is off."""
     attention = ONE_EACH if model.separation == "deep" else ONE_FOR_ALL
     feed_forward = ONE_FOR_ALL if model.separation == "dense" else ONE_EACH
     frozen = frozenset({TEXT.name, SHARED}) if model.freeze_text else frozenset()
