@@ -84,6 +84,7 @@ def test_both_make_one_document_in_the_order_given(run_dir, picture, tmp_path, c
         (["--prompt", "x", "--mode", "caption"], "takes --image only"),
         (["--prompt", "x", "--steps", "0"], "--steps 0: must be a number of at least 1"),
         (["--prompt", "x", "--guidance", "nan"], "--guidance nan"),
+        (["--prompt", "x", "--guidance", "inf"], "--guidance inf"),
         (["--prompt", "x" * 300], "data.sequence_length) is 256"),
         (["--image", "nowhere.png"], "nowhere.png: no such picture"),
         (["--image", __file__], "not a picture"),

@@ -116,6 +116,12 @@ def test_limits_hold(model, script, settings, expected) -> None:
         assert written == min(budget, context - 3)
 
 
+def test_places_kept_for_a_picture_go_to_text_when_none_comes(model) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    scripted = ScriptedModel(model, [list(letters.encode())])
+    assert continued(scripted, ["hi"], writing=Writing(500), context=25) == [letters[:22]], "one text, to the end of the context, nothing twice"
+
+
 @pytest.mark.parametrize(("prompt", "word"), [([], "needs a prompt"), (["x" * 64], "the prompt: needs 66 tokens"), ([PICTURE] * 11, "needs 68 tokens")])
 def test_mistakes_are_one_sentence(model, prompt, word) -> None:
     with pytest.raises(UserError, match=word):

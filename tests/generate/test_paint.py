@@ -101,19 +101,18 @@ def test_noise_is_a_function_of_key_and_draw_alone() -> None:
 
 
 def test_every_step_gets_noise_of_its_own() -> None:
-    class Recorder:
-        noises: list[torch.Tensor] = []
+    noises: list[torch.Tensor] = []
 
+    class Recorder:
         def sampling_levels(self, steps: int) -> torch.Tensor:
             return torch.linspace(1, 0, steps + 1)
 
         def step(self, x, prediction, level, next_level, noise, *, clip=None):
-            self.noises = [*(self.noises or [x]), noise]
+            noises.extend([noise] if noises else [x, noise])
             return x
 
-    recorder = Recorder()
-    denoise(lambda x, levels: x, recorder, [1, 2], 4, (2, 2), 3, torch.device("cpu"))
-    numbers = torch.stack(recorder.noises).flatten(2).flatten(0, 1)  # the start and three steps, of two images
+    denoise(lambda x, levels: x, Recorder(), [1, 2], 4, (2, 2), 3, torch.device("cpu"))
+    numbers = torch.stack(noises).flatten(2).flatten(0, 1)  # the start and three steps, of two images
     assert len(numbers) == 8
     assert len({tuple(row.tolist()) for row in numbers}) == 8
 
