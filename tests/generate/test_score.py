@@ -13,7 +13,7 @@ from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.generation import TOKENIZER
 
 CONFIG = tiny_config({"data.image": {"size": 32, "patch_size": 4}, "data.sequence_length": 256, "sample.steps": 1, "objective.image": "flow_matching"})
-COUNT = 40
+COUNT = 24
 
 
 @pytest.fixture(scope="module")
