@@ -92,8 +92,10 @@ class Plan:
         return mine + [PlannedSequence(-1, 0, ())] * (per_rank - len(mine))
 
     def epoch(self, step: int) -> int:
-        """The epoch of the first source that the step's sequences are in."""
-        return max((d.epoch for s in self.step(step) for d in s.documents if d.source == 0), default=0)
+        """The epoch that the first source is in where the window of the step begins; never decreases."""
+        self._sequence(step * self.sequences_per_step)
+        window = _last_not_above(self._first_sequence, step * self.sequences_per_step)
+        return self.mixture.given(0, window * self.data.pack_window_documents) // self.mixture.sizes[0]
 
     def _sequence(self, number: int) -> PlannedSequence | None:
         with self._lock:

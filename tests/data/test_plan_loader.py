@@ -100,6 +100,14 @@ def test_resume_at_any_step_gives_the_same_bytes(shards, workers):
         assert steps_of(make_loader(shards, **{"data.num_workers": workers}), start, 14 - start) == whole[start:]
 
 
+def test_the_epoch_never_goes_back(shards):
+    plan = make_loader(shards).plan
+    epochs = [plan.epoch(step) for step in range(40)]
+    assert epochs == sorted(epochs)
+    assert epochs[0] == 0
+    assert epochs[-1] >= 2
+
+
 def test_another_seed_is_another_order(shards):
     assert steps_of(make_loader(shards, seed=1), 0, 3) != steps_of(make_loader(shards), 0, 3)
 
