@@ -35,7 +35,7 @@ class Size:
     replay_steps: int = 20
 
 
-FULL = Size(documents=20_000, judged=128, sheet=36)
+FULL = Size(documents=60_000, judged=128, sheet=36)
 FAST = Size(
     documents=600,
     judged=8,

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
 SERIES = ("pictures", "texts")
 """Of shards: texts alone have their own, since training on frozen text has no use for them."""
-KINDS = {"paint": 0.48, "describe": 0.22, "story": 0.05, "text": 0.25}
+KINDS = {"paint": 0.33, "describe": 0.14, "story": 0.03, "text": 0.50}
 """Share of documents: caption then picture, picture then caption, story with pictures, text alone."""
 RETELLING_SHARE = 0.8
 """Share of the texts alone that tell one scene several times, in different phrasings. From these a language model learns to look up what
