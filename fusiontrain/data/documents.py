@@ -1,7 +1,7 @@
 """From a sample's pieces to a document: what stands in it, in which order, and between which markers.
 
 `arrange` decides from numbers alone, so the plan (which has only the index) and the executor (which has the bytes) agree on every length.
-A document is `[BOS] text ... BOI <patches> EOI text ... EOS`.
+A document is `[BOS] text ... BOI <patches> EOI text ... EOS`; one that was cut to the length of a sequence has no EOS, for it does not end there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from fusiontrain.config.schema import DataConfig, SourceConfig
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import Fields, Sample
+from fusiontrain.data.formats.pieces import Fields, Piece, Sample
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.modalities.image import image_segment
 from fusiontrain.data.tokenizer import Tokenizer
@@ -42,12 +42,12 @@ class Place:
     num_tokens: int
 
 
-def draw(data: DataConfig, source: SourceConfig, key: tuple[int, ...], training: bool) -> Draws:
-    """The choices for a document; validation never drops a condition."""
+def draw(data: DataConfig, source: SourceConfig, key: tuple[int, ...], is_pair: bool, training: bool) -> Draws:
+    """The choices for a document; validation never drops a condition. Each draw has a key of its own, so one that is not needed is not made."""
     dropout = data.condition_dropout if training and IMAGE.name in data.modalities else 0.0
     return Draws(
-        image_first=keyed_uniform(*key, _ORDER_DRAW) < source.image_first_probability,
-        drop_condition=keyed_uniform(*key, _DROPOUT_DRAW) < dropout,
+        image_first=is_pair and keyed_uniform(*key, _ORDER_DRAW) < source.image_first_probability,
+        drop_condition=dropout > 0 and keyed_uniform(*key, _DROPOUT_DRAW) < dropout,
     )
 
 
@@ -56,7 +56,8 @@ def arrange(
 ) -> tuple[tuple[Place, ...], int, bool]:
     """(places in reading order, length of the document in tokens, whether it was cut to `data.sequence_length`).
 
-    kinds and tokens: of the sample's pieces, in its own order; for images their patches. begins: the tokenizer has a BOS.
+    kinds and tokens: of the sample's pieces, in its own order; for images their patches. begins: the tokenizer has a BOS. No places are left
+    where the document opens with an image that does not fit.
     """
     order = list(range(len(kinds)))
     if is_pair and draws.image_first:
@@ -71,40 +72,52 @@ def arrange(
         is_image = kinds[piece] == IMAGE_PIECE
         markers = MARKERS_PER_IMAGE if is_image else 0
         wanted = 0 if is_image and not with_patches else tokens[piece]
-        kept = wanted if is_image else min(wanted, room)
-        if markers + kept > room or (not is_image and not kept and wanted):
-            return tuple(places), data.sequence_length - room, True
-        places.append(Place(piece, kinds[piece], kept))
-        room -= markers + kept
-        if kept < wanted:
-            return tuple(places), data.sequence_length - room, True
+        if markers + wanted <= room:
+            places.append(Place(piece, kinds[piece], wanted))
+            room -= markers + wanted
+            continue
+        room += 1  # a document that is cut has no EOS
+        if not is_image:
+            places.append(Place(piece, kinds[piece], room))
+            room = 0
+        return tuple(places), data.sequence_length - room, True
     return tuple(places), data.sequence_length - room, False
 
 
 def build_document(
-    sample: Sample, read: Fields, places: Sequence[Place], data: DataConfig, tokenizer: Tokenizer, source: SourceRef
+    sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef
 ) -> Document:
-    """The document that `places` describe. Raises BadSample when the bytes do not give what the index promised."""
+    """The document that `places` describe, without EOS where it was cut. Raises BadSample when the bytes do not give what the index promised."""
     segments: list[Segment] = []
     text: list[int] = [] if tokenizer.begin_text_id is None else [tokenizer.begin_text_id]
     for number, place in enumerate(places):
-        piece = sample.pieces[place.piece]
+        piece = _piece(sample, place)
         if place.kind == TEXT_PIECE:
             ids = tokenizer.encode(piece.text or "")
-            _require(len(ids) >= place.num_tokens, "a text", len(ids), place.num_tokens)
-            text += ids[: place.num_tokens]
+            # Only the last text of a document that was cut may be longer than its place.
+            kept = ids[: place.num_tokens] if cut and number == len(places) - 1 else ids
+            _require(len(kept) == place.num_tokens, "a text", len(ids), place.num_tokens)
+            text += kept
             continue
-        assert piece.image is not None
         text.append(tokenizer.begin_image_id)
-        if IMAGE.name in data.modalities:
+        if IMAGE.name in data.modalities and piece.image is not None:
             cap = data.image.image_first_noise_cap if number == 0 and len(places) > 1 else 1.0
             segment = image_segment(piece.image, read(piece.image), data.image, cap)
             _require(segment.num_tokens == place.num_tokens, "an image", segment.num_tokens, place.num_tokens)
             segments += [_text(text), segment]
             text = []
         text.append(tokenizer.end_image_id)
-    text.append(tokenizer.end_text_id)
-    return Document((*segments, _text(text)), source)
+    if not cut:
+        text.append(tokenizer.end_text_id)
+    return Document((*segments, *([_text(text)] if text else [])), source)
+
+
+def _piece(sample: Sample, place: Place) -> Piece:
+    """The sample's piece of that place, if it is of the kind that the index says."""
+    piece = sample.pieces[place.piece] if place.piece < len(sample.pieces) else None
+    if piece is None or (piece.image is not None) != (place.kind == IMAGE_PIECE):
+        raise BadSample("its pieces are not those of the index: the shard has changed since it was indexed")
+    return piece
 
 
 def _require(same: bool, what: str, found: int, promised: int) -> None:

@@ -11,7 +11,8 @@ from fusiontrain.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 FEWEST_BAD_TO_STOP = 10
-"""A run does not stop for fewer bad samples than this, whatever their share: the first of ten samples may be the bad one."""
+"""A run does not stop for fewer bad samples than this, whatever their share: the first of ten samples may be the bad one. A share of 0
+stops at the first."""
 
 
 class BadSample(Exception):
@@ -30,14 +31,15 @@ class BadSampleLog:
         with self._lock:
             self.tried += count
 
-    def add(self, source: SourceRef, reason: BaseException | str) -> None:
-        """Name and count a bad sample. Raises UserError when their share is above `data.max_bad_fraction`."""
+    def add(self, source: SourceRef, reason: BaseException | str, quietly: bool = False) -> None:
+        """Count a bad sample and, unless `quietly`, name it. Raises UserError when their share is above `data.max_bad_fraction`."""
         with self._lock:
             self.tried += 1
             self.bad += 1
             bad, tried = self.bad, self.tried
-        logger.warning("skipped %s: %s", source, reason)
-        if bad >= FEWEST_BAD_TO_STOP and bad > self.max_bad_fraction * tried:
+        if not quietly:
+            logger.warning("skipped %s: %s", source, reason)
+        if (bad >= FEWEST_BAD_TO_STOP or not self.max_bad_fraction) and bad > self.max_bad_fraction * tried:
             raise UserError(
                 f"{bad} of {tried} samples are unreadable, the last being {source}: {reason}; mend the shards or raise data.max_bad_fraction"
             )

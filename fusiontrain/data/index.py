@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 FOLDER = ".fusiontrain-index"
 TEXT_PIECE, IMAGE_PIECE = 0, 1
 
@@ -120,29 +121,49 @@ def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: 
 
 def index_shard(shard: Path, kind: str, latents: bool, tokenizer: Tokenizer) -> ShardIndex:
     """The index of one shard, read from the cache or built and cached."""
-    cached = _cache_file(shard, kind, latents, tokenizer)
-    if cached.is_file():
-        with np.load(cached, allow_pickle=False) as arrays:
-            return ShardIndex(**arrays)
+    stat = shard.stat()
+    identity = repr((VERSION, shard.name, stat.st_size, stat.st_mtime_ns, kind, latents, tokenizer.fingerprint))
+    name = f"{shard.stem}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
+    for folder in _cache_folders(shard):
+        index = _load(folder / name)
+        if index is not None:
+            return index
     index = build_index(shard, kind, latents, tokenizer)
-    partial = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
-    with partial.open("wb") as file:
-        np.savez(file, **{field.name: getattr(index, field.name) for field in fields(index)})
-    partial.replace(cached)
+    for folder in _cache_folders(shard):
+        try:
+            _save(index, folder / name)
+            break
+        except OSError as error:
+            logger.info("%s: the index cannot be kept there (%s)", folder, error)
     return index
 
 
-def _cache_file(shard: Path, kind: str, latents: bool, tokenizer: Tokenizer) -> Path:
-    stat = shard.stat()
-    identity = repr((VERSION, shard.name, stat.st_size, stat.st_mtime_ns, kind, latents, tokenizer.fingerprint))
-    folder = shard.parent / FOLDER
+def _cache_folders(shard: Path) -> tuple[Path, Path]:
+    where = hashlib.sha256(os.fsencode(shard.parent.resolve())).hexdigest()[:16]
+    return shard.parent / FOLDER, Path(tempfile.gettempdir()) / f"fusiontrain-index-{os.getuid()}" / where
+
+
+def _load(cached: Path) -> ShardIndex | None:
+    """None where there is no such index, or one that a full disk or a crash left damaged."""
     try:
-        folder.mkdir(exist_ok=True)
-    except OSError:
-        where = hashlib.sha256(str(shard.parent.resolve()).encode()).hexdigest()[:16]
-        folder = Path(tempfile.gettempdir()) / f"fusiontrain-index-{os.getuid()}" / where
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{shard.stem}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
+        with np.load(cached, allow_pickle=False) as arrays:
+            return ShardIndex(**arrays)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def _save(index: ShardIndex, cached: Path) -> None:
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    # A name that no other process has, on no other machine that shares the disk either: process numbers repeat between containers.
+    descriptor, partial = tempfile.mkstemp(dir=cached.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, **{field.name: getattr(index, field.name) for field in fields(index)})
+        os.chmod(partial, 0o644)
+        os.replace(partial, cached)
+    except BaseException:
+        os.unlink(partial)
+        raise
 
 
 def build_index(shard: Path, kind: str, latents: bool, tokenizer: Tokenizer) -> ShardIndex:

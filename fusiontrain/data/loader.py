@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from fusiontrain.config.schema import Config
@@ -16,19 +14,24 @@ from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample, BadSampleLog
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import index_sources, member_reader
-from fusiontrain.data.plan import Plan, PlannedDocument, PlannedSequence, check_world_size, fingerprint, plan_fields
+from fusiontrain.data.plan import Anchor, Plan, PlannedDocument, PlannedSequence, check_world_size, fingerprint, plan_fields
+from fusiontrain.data.shards import OpenShards
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Batch, Document, PackedSequence
-from fusiontrain.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where the data stand after `step` steps, and which data they are: the same on every rank."""
+    """Where the data stand after `step` steps, and which data they are: the same on every rank.
+
+    window, sequence: the plan's anchor, so that a resumed run need not plan from the start. epoch: of the first source, to look at.
+    """
 
     step: int
     epoch: int
     fields: dict[str, str]
+    window: int = 0
+    sequence: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,58 +56,72 @@ class Loader:
         self.fields = plan_fields(config, self.sources, tokenizer)
         self.fingerprint = fingerprint(self.fields)
         self.log = BadSampleLog(config.data.max_bad_fraction)
-        self._report_index()
-        self._files: dict[Path, int] = {}
+        # The first rank names and counts what indexing found; all judge it, so that all stop together.
+        bad_in_index = self._judge_index(quietly=rank > 0)
+        self._bad_in_index = bad_in_index if rank == 0 else 0
+        self._shards = OpenShards()
+        self._pools: list[ThreadPoolExecutor] = []
 
     @property
     def skipped(self) -> int:
-        return self.log.bad
+        return self._bad_in_index + self.log.bad
 
-    def iterate(self, start_step: int) -> Iterator[tuple[tuple[Batch, ...], LoaderState]]:
-        """This rank's micro-batches of step `start_step`, `start_step + 1`, ... and the state after each.
+    def iterate(self, start: int | LoaderState) -> Iterator[tuple[tuple[Batch, ...], LoaderState]]:
+        """This rank's micro-batches of the steps from `start` on, and the state after each.
 
+        start: a step, or the state after the last step that was used; from a state even a late step is found at once.
         `data.num_workers` threads build up to `data.prefetch_batches` steps ahead, in order. A sample that turns out bad leaves padding in
         its place. Raises UserError when too many are.
         """
-        data = self.config.data
-        if data.num_workers == 0:
-            step = start_step
-            while (batches := self._build(step)) is not None:
-                yield batches, self._state(step + 1)
-                step += 1
-            return
-        with ThreadPoolExecutor(data.num_workers, thread_name_prefix="loader") as pool:
-            waiting: deque[Future[tuple[Batch, ...] | None]] = deque()
-            try:
-                step, submitted = start_step, start_step
-                while True:
-                    while len(waiting) < data.prefetch_batches:
-                        waiting.append(pool.submit(self._build, submitted))
-                        submitted += 1
-                    batches = waiting.popleft().result()
-                    if batches is None:
-                        return
-                    yield batches, self._state(step + 1)
-                    step += 1
-            finally:
-                for future in waiting:
-                    future.cancel()
+        if isinstance(start, LoaderState):
+            self.plan.begin_at(Anchor(start.window, start.sequence))
+            start = start.step
+        build_all = self._build_in_turn if self.config.data.num_workers == 0 else self._build_ahead
+        for step, batches in enumerate(build_all(start), start + 1):
+            yield batches, self._state(step)
 
     def close(self) -> None:
-        """Close the shards. The loader may be used again; it opens them anew."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """Stop the threads and close the shards. Open iterators are over; the loader may be iterated anew."""
+        while self._pools:
+            self._pools.pop().shutdown(wait=True, cancel_futures=True)
+        self._shards.close()
+
+    def _build_in_turn(self, step: int) -> Iterator[tuple[Batch, ...]]:
+        while (batches := self._build(step)) is not None:
+            yield batches
+            step += 1
+
+    def _build_ahead(self, step: int) -> Iterator[tuple[Batch, ...]]:
+        """The same steps in the same order, built by threads while the trainer is at work. An error in a thread is raised here."""
+        data = self.config.data
+        pool = ThreadPoolExecutor(data.num_workers, thread_name_prefix="loader")
+        self._pools.append(pool)
+        try:
+            waiting: deque[Future[tuple[Batch, ...] | None]] = deque(
+                pool.submit(self._build, step + ahead) for ahead in range(data.prefetch_batches)
+            )
+            step += data.prefetch_batches
+            while (batches := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(self._build, step))
+                step += 1
+                yield batches
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            if pool in self._pools:
+                self._pools.remove(pool)
 
     def _state(self, step: int) -> LoaderState:
-        return LoaderState(step, self.plan.epoch(step - 1), self.fields)
+        anchor = self.plan.anchor(step)
+        return LoaderState(step, self.plan.epoch(anchor), self.fields, anchor.window, anchor.sequence)
 
-    def _report_index(self) -> None:
-        """Samples that indexing found unusable are named and counted once, on the first rank."""
-        if self.rank == 0:
-            self.log.good(sum(len(source) for source in self.sources))
-            for source in self.sources:
-                for ref, reason in source.bad():
-                    self.log.add(ref, reason)
+    def _judge_index(self, quietly: bool) -> int:
+        """The number of samples that indexing found unusable. Raises UserError when they are too many."""
+        log = BadSampleLog(self.config.data.max_bad_fraction)
+        log.good(sum(len(source) for source in self.sources))
+        for source in self.sources:
+            for ref, reason in source.bad():
+                log.add(ref, reason, quietly)
+        return log.bad
 
     def _build(self, step: int) -> tuple[Batch, ...] | None:
         if not self.plan.training and not self.plan.step(step):
@@ -124,21 +141,11 @@ class Loader:
         ref = source.ref(planned.sample)
         try:
             members = source.indexes[shard].members(row)
-            read = member_reader(members, self._open(source.shards[shard]))
+            read = member_reader(members, self._shards.descriptor(source.shards[shard]))
             sample = read_sample(source.config.format, members, read, self.config.data.image.representation == "latents")
-            document = build_document(sample, read, planned.places, self.config.data, self.tokenizer, ref)
+            document = build_document(sample, read, planned.places, planned.cut, self.config.data, self.tokenizer, ref)
         except BadSample as error:
             self.log.add(ref, error)
             return None
         self.log.good()
         return document
-
-    def _open(self, shard: Path) -> int:
-        if shard not in self._files:
-            try:
-                descriptor = os.open(shard, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{shard}: cannot be opened ({error.strerror}); it was there when the run began") from error
-            if self._files.setdefault(shard, descriptor) != descriptor:  # another thread was faster
-                os.close(descriptor)
-        return self._files[shard]

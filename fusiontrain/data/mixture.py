@@ -21,25 +21,24 @@ def permutation(count: int, *key: int) -> np.ndarray:
 class Mixture:
     """Sources of given sizes, mixed by weight (shares of documents), each visited once per epoch of its own.
 
-    After any number n of documents, source s has given floor(w_s * n / sum of w) of them (the last source what remains), in integers.
+    At place n of the stream, source s has given floor(w_s * n / sum of w) documents, in exact fractions of the weights as they are written.
+    So no source ever goes back, and a window of n places holds n documents but for fewer than the number of sources.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> None:
-        fractions = [Fraction(weight).limit_denominator(1_000_000) for weight in weights]
+        fractions = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, not the float nearest to it
         total = sum(fractions)
         self.shares = [fraction / total for fraction in fractions]
         self.sizes, self.seed, self.shuffle = tuple(sizes), seed, shuffle
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def given(self, source: int, count: int) -> int:
-        """Documents that source has given among the first `count` of the stream."""
-        if source == len(self.shares) - 1:
-            return count - sum(self.given(other, count) for other in range(source))
+        """Documents that source has given before place `count` of the stream."""
         share = self.shares[source]
         return count * share.numerator // share.denominator
 
     def window(self, first: int, count: int) -> list[tuple[int, int, int]]:
-        """(source, epoch, sample) of the documents `first` .. `first + count - 1` of the stream, source by source."""
+        """(source, epoch, sample) of the documents at places `first` .. `first + count - 1` of the stream, source by source."""
         documents = []
         for source in range(len(self.sizes)):
             for cursor in range(self.given(source, first), self.given(source, first + count)):

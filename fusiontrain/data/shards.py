@@ -1,10 +1,13 @@
-"""Names of shards, in an order that does not depend on the machine."""
+"""Names of shards, in an order that does not depend on the machine, and their open files."""
 
 from __future__ import annotations
 
 import glob
 import itertools
+import os
 import re
+import threading
+from collections import OrderedDict
 from pathlib import Path
 
 from fusiontrain.utils.errors import UserError
@@ -23,15 +26,15 @@ def expand_shards(path: str) -> list[Path]:
     for name in names:
         if Path(name).is_dir():
             shards += Path(name).glob("*.tar")
-        elif glob.has_magic(name):
-            shards += map(Path, glob.glob(name))
-        elif Path(name).is_file():
+        elif Path(name).is_file():  # before the glob: a name may hold brackets of its own
             shards.append(Path(name))
+        elif glob.has_magic(name):
+            shards += [Path(found) for found in glob.glob(name) if Path(found).is_file()]
         else:
             raise UserError(f"{name}: no such shard or folder of shards")
     if not shards:
         raise UserError(f"{path}: no .tar file there")
-    return sorted(set(shards), key=lambda shard: str(shard).encode())
+    return sorted(set(shards), key=os.fsencode)
 
 
 def _expand_braces(path: str) -> list[str]:
@@ -46,3 +49,31 @@ def _choices(inside: str) -> list[str]:
         return inside.split(",")
     first, last = match.groups()
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+
+
+class OpenShards:
+    """Descriptors of shards, opened on first use. Each thread has its own and at most `limit` of them, so a source may have more shards
+    than a process may have open files, and no thread closes what another one reads."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self.limit = limit
+        self._open: dict[int, OrderedDict[Path, int]] = {}
+
+    def descriptor(self, shard: Path) -> int:
+        """The shard's descriptor, good until this thread asks for `limit` others. Raises UserError when it cannot be opened."""
+        mine = self._open.setdefault(threading.get_ident(), OrderedDict())
+        if shard not in mine:
+            try:
+                mine[shard] = os.open(shard, os.O_RDONLY)
+            except OSError as error:
+                raise UserError(f"{shard}: cannot be opened ({error.strerror}); it was there when the run began") from error
+        mine.move_to_end(shard)
+        if len(mine) > self.limit:
+            os.close(mine.popitem(last=False)[1])
+        return mine[shard]
+
+    def close(self) -> None:
+        """Close them all; no thread may be reading."""
+        while self._open:
+            for descriptor in self._open.popitem()[1].values():
+                os.close(descriptor)

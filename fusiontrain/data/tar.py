@@ -10,12 +10,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from fusiontrain.utils.errors import UserError
 
 BLOCK = 512
 CHECKSUM = slice(148, 156)
-REGULAR, LONG_NAME, PAX, PAX_GLOBAL = (b"0", b"\0"), b"L", b"x", b"g"
+REGULAR, LONG_NAME, PAX = (b"0", b"\0"), b"L", b"x"
+COMMENTS = (b"g", b"K")  # pax for the whole tar, and the long name of a link's target: of no use here
 NOT_FILES = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 
 
@@ -46,7 +48,7 @@ def read_members(path: Path) -> Iterator[Member]:
             if len(header) < BLOCK:
                 raise _damage(path, position, "the file ends without the two empty blocks that end a tar")
             if not header.strip(b"\0"):
-                _check_end(path, file.read(), position)
+                _check_end(path, file, position)
                 return
             length = _check_header(path, header, position)
             kind, start = header[156:157], position + BLOCK
@@ -54,15 +56,15 @@ def read_members(path: Path) -> Iterator[Member]:
             if following > size:
                 raise _damage(path, position, f"a member of {length} bytes goes beyond the end of the file")
             if kind == LONG_NAME:
-                long_name = file.read(length).rstrip(b"\0").decode()
+                long_name = _text(file.read(length).rstrip(b"\0"))
             elif kind == PAX:
-                long_name = _pax_path(file.read(length)) or long_name
+                long_name = _pax_path(path, file.read(length), position) or long_name
             elif kind in REGULAR:
                 yield Member(long_name or _name(header), start, length)
                 long_name = None
             elif kind in NOT_FILES:
                 long_name = None
-            elif kind != PAX_GLOBAL:
+            elif kind not in COMMENTS:
                 raise _damage(path, position, f"members of type {kind!r} are not supported")
             position = following
             file.seek(position)
@@ -115,28 +117,41 @@ def _check_header(path: Path, header: bytes, position: int) -> int:
     return length
 
 
-def _check_end(path: Path, rest: bytes, position: int) -> None:
+def _check_end(path: Path, file: BinaryIO, position: int) -> None:
+    """What follows the first empty block: at least one more, and nothing else."""
+    rest = file.read(BLOCK)
     if len(rest) < BLOCK:
         raise _damage(path, position, "the file ends after one empty block, a tar ends with two")
-    if rest.strip(b"\0"):
-        raise _damage(path, position, "an empty block lies in the middle of the file")
+    while rest:
+        if rest.strip(b"\0"):
+            raise _damage(path, position, "an empty block lies in the middle of the file")
+        rest = file.read(1 << 20)  # not all at once: behind a zeroed block lies the rest of a large shard
 
 
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0")[0]
     prefix = header[345:500].split(b"\0")[0] if header[257:262] == b"ustar" and header[262:264] == b"\0" + b"0" else b""
-    return (prefix + b"/" + name if prefix else name).decode()
+    return _text(prefix + b"/" + name if prefix else name)
 
 
-def _pax_path(records: bytes) -> str | None:
-    """The `path` of a pax header: records of `<length> <key>=<value>\\n`."""
+def _text(name: bytes) -> str:
+    """A name as text; bytes that are not UTF-8 stay apart and printable."""
+    return name.decode(errors="backslashreplace")
+
+
+def _pax_path(path: Path, records: bytes, position: int) -> str | None:
+    """The `path` of a pax header: records of `<length> <key>=<value>\\n`, of which the header's checksum knows nothing."""
+    found = None
     while records:
-        length, _, _ = records.partition(b" ")
-        record, records = records[: int(length)], records[int(length) :]
-        key, _, value = record[len(length) + 1 :].rstrip(b"\n").partition(b"=")
+        digits, _, _ = records.partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        record, records = records[:length], records[length:]
+        key, equals, value = record[len(digits) + 1 :].partition(b"=")
+        if len(record) < length or not equals or not value.endswith(b"\n"):
+            raise _damage(path, position, "a pax header is unreadable")
         if key == b"path":
-            return value.decode()
-    return None
+            found = _text(value[:-1])
+    return found
 
 
 def _damage(path: Path, position: int, what: str) -> UserError:

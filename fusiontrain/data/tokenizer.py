@@ -19,7 +19,10 @@ NUM_BYTES = 256
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """encode adds no special tokens; decode leaves them out. `json` is the file's content, None for bytes."""
+    """encode adds no special tokens and never yields a marker, not for a text that spells one either; decode leaves them out.
+
+    vocab_size: largest id + 1. json: the file's content, None for bytes.
+    """
 
     vocab_size: int
     begin_text_id: int | None
@@ -37,7 +40,10 @@ def load_tokenizer(config: Config) -> Tokenizer:
     path = config.data.tokenizer.path or config.model.base
     if path is None:
         raise UserError("data.tokenizer.path: must be given where there is no model.base: a folder, a tokenizer.json, or 'bytes'")
-    return tokenizer_at(path, config.data.tokenizer)
+    tokenizer = tokenizer_at(path, config.data.tokenizer)
+    if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size={config.model.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size} tokens; raise it to that")
+    return tokenizer
 
 
 def tokenizer_at(path: str, config: TokenizerConfig) -> Tokenizer:
@@ -71,6 +77,7 @@ def _from_file(path: str, config: TokenizerConfig) -> Tokenizer:
         raise UserError(f"{file}: not a tokenizer that can be read ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|image|>" in a text is text: no picture would follow that BOI
 
     def special(key: str) -> int:
         name = getattr(config, key)
@@ -81,15 +88,27 @@ def _from_file(path: str, config: TokenizerConfig) -> Tokenizer:
 
     ids = {key: special(key) for key in ("end_text_token", "begin_image_token", "end_image_token")}
     begin = None if config.begin_text_token is None else special("begin_text_token")
+    markers = {*ids.values(), *([] if begin is None else [begin])}
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
     digest = hashlib.sha256(repr([text, begin, *sorted(ids.items())]).encode()).hexdigest()
     return Tokenizer(
-        vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
+        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         begin_text_id=begin,
         end_text_id=ids["end_text_token"],
         begin_image_id=ids["begin_image_token"],
         end_image_id=ids["end_image_token"],
         fingerprint=digest,
         json=text,
-        encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        encode=_without(markers - {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}, encode),
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
     )
+
+
+def _without(markers: set[int], encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """`encode` less the markers that are ordinary tokens of the file, which its text may spell."""
+    if not markers:
+        return encode
+    return lambda text: [token for token in encode(text) if token not in markers]

@@ -16,7 +16,7 @@ from torch import nn
 
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
-from fusiontrain.data.loader import Loader
+from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.fsdp import free_gathered
@@ -93,7 +93,7 @@ class Trainer:
         """Train to `train.steps`, or until any rank is asked to stop. Returns whether it got to the end; it has saved either way."""
         config, stopping = self.config, False
         self.reporter.started(self.state.step, config.train.steps, Path(config.run.dir))
-        batches = self.loader.iterate(self.state.step)
+        batches = self.loader.iterate(LoaderState.from_dict(self.state.data) if self.state.data else self.state.step)
         skipped_before = self.state.skipped_samples
         while self.state.step < config.train.steps and not stopping:
             started = time.perf_counter()

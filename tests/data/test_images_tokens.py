@@ -91,6 +91,32 @@ def test_bytes_go_there_and_back():
     assert tokenizer.vocab_size == 260
 
 
+MARKERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|image|>", "<|/image|>"]
+
+
+@pytest.mark.parametrize("kind", ["special", "added", "ordinary"])
+def test_a_marker_spelled_out_in_a_text_is_text(tmp_path, kind):
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    words = {"a": 0, "b": 1, "?": 2, **({name: 10 + i for i, name in enumerate(MARKERS)} if kind == "ordinary" else {})}
+    built = Tokenizer(models.WordLevel(words, unk_token="?"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind != "ordinary":
+        built.add_tokens([AddedToken(name, special=kind == "special") for name in MARKERS])
+    built.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tiny_config({"data.tokenizer.path": str(tmp_path)}))
+    ids = tokenizer.encode("a <|image|> b <|end_of_text|>")
+    markers = {tokenizer.begin_text_id, tokenizer.end_text_id, tokenizer.begin_image_id, tokenizer.end_image_id}
+    assert not markers & set(ids)
+    assert [token for token in ids if token < 2] == [0, 1]
+    assert tokenizer.vocab_size == (14 if kind == "ordinary" else 7)
+
+
+def test_a_model_with_too_few_tokens_is_refused_by_key():
+    with pytest.raises(UserError, match=r"model\.vocab_size=100: the tokenizer bytes has 260 tokens"):
+        load_tokenizer(tiny_config({"model.vocab_size": 100}))
+
+
 def test_a_tokenizer_file_without_the_markers_is_refused_by_key(tmp_path):
     from tokenizers import Tokenizer, models
 

@@ -24,6 +24,18 @@ def test_packing_keeps_every_document_once_and_within_the_budget(lengths, capaci
     assert len(groups) < 2 or fullness[0] + fullness[1] > capacity, "two groups that fit one would have been one"
 
 
+@given(st.lists(st.integers(1, 12), max_size=30))
+def test_each_document_goes_into_the_fullest_sequence_that_holds_it(lengths):
+    sums: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [place for place, total in enumerate(sums) if total + length <= 12]
+        if fitting:
+            sums[max(fitting, key=lambda place: sums[place])] += length
+        else:
+            sums.append(length)
+    assert sorted(sums) == sorted(sum(lengths[i] for i in group) for group in best_fit_decreasing(lengths, 12))
+
+
 @pytest.mark.parametrize("length", [0, 81])
 def test_a_length_that_cannot_be_packed_is_refused(length):
     with pytest.raises(ValueError, match="from 1 to the capacity of 80"):
@@ -42,6 +54,22 @@ def test_labels_are_the_next_token_where_both_are_text():
     image = slice(*batch.modality_bounds[1:])
     assert batch.position_ids[image].tolist() == [4, 5]
     assert (batch.labels[image] == IGNORE_INDEX).all()
+
+
+@given(st.integers(0, 10**6))
+def test_labels_against_a_loop(seed):
+    documents = random_documents(seed, 5)
+    batch = batch_of(documents, tiny_config())
+    numbers = {ref.key: number for number, ref in enumerate(batch.sources)}
+    for doc in documents:
+        rows = (batch.doc_ids == numbers[doc.source.key]).nonzero().squeeze(1).tolist()
+        at = {int(batch.order_ids[row]): row for row in rows}
+        is_text = {place: row < batch.modality_bounds[1] for place, row in at.items()}
+        for place, row in at.items():
+            expected = int(batch.token_ids[at[place + 1]]) if is_text[place] and is_text.get(place + 1) else IGNORE_INDEX
+            assert int(batch.labels[row]) == expected
+    assert (batch.labels[batch.doc_ids == -1] == IGNORE_INDEX).all()
+    assert batch.target_counts["text"] == int((batch.labels != IGNORE_INDEX).sum())
 
 
 @given(st.integers(0, 10**6))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import io
 import itertools
+import json
+import threading
 
 import numpy as np
 import pytest
 
-from fusiontrain.data.loader import Loader
+from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.mixture import Mixture, permutation
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
-from fusiontrain.testing.shards import mixed_samples, png, write_shard, write_shards
+from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards
 from fusiontrain.utils.errors import UserError
 
 SETTINGS = {"train.global_batch_sequences": 4, "data.pack_window_documents": 16}
@@ -66,16 +69,41 @@ def test_a_mixture_gives_exact_shares_and_every_document_once_per_epoch():
         whole = max(epoch for epoch, _ in visits)
         for epoch in range(whole):
             assert {sample for e, sample in visits if e == epoch} == set(range(size))
+        orders = [[sample for e, sample in visits if e == epoch] for epoch in range(whole)]
+        assert len(set(map(tuple, orders))) > whole // 2, "each epoch has an order of its own"
 
 
-def test_every_document_comes_once_per_epoch_and_its_length_was_known(shards):
-    loader = make_loader(shards, **{"data.condition_dropout": 0.5})
+@pytest.mark.parametrize("weights", [[1.0] * 50 + [1e-5], [1.0, 1.0, 1.0], [0.1, 0.2, 1e-9], [0.3331, 1.0]], ids=["rare", "thirds", "never", "uneven"])
+@pytest.mark.parametrize("width", [1, 7, 1024])
+def test_no_source_of_a_mixture_ever_goes_back(weights, width):
+    mixture = Mixture([10**6] * len(weights), weights, seed=0, shuffle=False)
+    stream = [document for window in range(20) for document in mixture.window(window * width, width)]
+    for source, weight in enumerate(weights):
+        samples = [sample for s, _, sample in stream if s == source]
+        assert samples == list(range(len(samples)))
+        assert abs(len(samples) - 20 * width * weight / sum(weights)) < 1
+
+
+SETTINGS_OF_LENGTHS = {
+    "plain": {"data.condition_dropout": 0.5},
+    "text alone": {"data.modalities": ("text",), "model.recipe": "dense"},
+    "no begin token": {"data.tokenizer": {"path": "bytes", "begin_text_token": None}},
+    "cut": {"data.sequence_length": 24},
+    "cut within markers": {"data.sequence_length": 29, "data.image": {"size": 8, "patch_size": 8}},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS_OF_LENGTHS.values(), ids=SETTINGS_OF_LENGTHS.keys())
+def test_every_document_comes_once_per_epoch_and_its_length_was_known(shards, settings):
+    loader = make_loader(shards, **settings)
+    length = loader.config.data.sequence_length
     seen = collections.Counter()
-    for step in range(40):
+    for step in range(60):
         for sequence in loader.plan.step(step):
             documents = loader._read(sequence).documents
             assert [document.num_tokens for document in documents] == [planned.num_tokens for planned in sequence.documents]
-            assert sum(document.num_tokens for document in documents) <= 96
+            assert sum(document.num_tokens for document in documents) <= length
+            assert loader.skipped == 0
             seen.update((planned.epoch, planned.sample) for planned in sequence.documents)
     assert set(seen.values()) == {1}
     assert {sample for epoch, sample in seen if epoch == 0} == set(range(24))
@@ -96,16 +124,39 @@ def test_a_step_holds_the_same_sequences_for_any_number_of_ranks(shards, world_s
 def test_resume_at_any_step_gives_the_same_bytes(shards, workers):
     whole = steps_of(make_loader(shards), 0, 14)
     assert len(set(whole)) == 14
+    states = [state for _, state in itertools.islice(make_loader(shards).iterate(0), 13)]
     for start in (0, 1, 5, 13):
         assert steps_of(make_loader(shards, **{"data.num_workers": workers}), start, 14 - start) == whole[start:]
+    for state in states:
+        loader = make_loader(shards, **{"data.num_workers": workers})
+        kept = LoaderState.from_dict(json.loads(json.dumps(state.to_dict())))
+        assert steps_of(loader, kept, 1) == [whole[state.step]]
+
+
+def test_a_resumed_plan_does_not_plan_what_lies_behind(shards):
+    *_, (_, state) = itertools.islice(make_loader(shards).iterate(0), 30)
+    loader = make_loader(shards)
+    packed = []
+    pack_anew = loader.plan._pack_anew
+    loader.plan._pack_anew = lambda window: packed.append(window) or pack_anew(window)
+    expected = steps_of(make_loader(shards), 25, 8)
+    assert steps_of(loader, state, 3) == expected[5:]
+    assert min(packed) == state.window > 10
+    assert len(packed) <= 4
+    assert steps_of(loader, 25, 3) == expected[:3], "an earlier step can still be asked for"
 
 
 def test_the_epoch_never_goes_back(shards):
-    plan = make_loader(shards).plan
-    epochs = [plan.epoch(step) for step in range(40)]
+    states = [state for _, state in itertools.islice(make_loader(shards).iterate(0), 40)]
+    epochs = [state.epoch for state in states]
     assert epochs == sorted(epochs)
     assert epochs[0] == 0
     assert epochs[-1] >= 2
+
+
+def test_no_two_sequences_of_a_run_share_their_noise(shards):
+    keys = [s.noise_key for split in ("train", "validation") for step in range(8) for s in make_loader(shards, split).plan.step(step)]
+    assert len(set(keys)) == len(keys) > 32
 
 
 def test_another_seed_is_another_order(shards):
@@ -120,7 +171,9 @@ def test_state_names_what_changed(shards):
     assert loader.fingerprint != other.fingerprint
     assert make_loader(shards, rank=1, world_size=2).fingerprint == loader.fingerprint
     _, state = next(iter(loader.iterate(6)))
-    assert state.to_dict() == {"step": 7, "epoch": state.epoch, "fields": loader.fields}
+    assert state.to_dict() == {"step": 7, "epoch": 2, "fields": loader.fields, "window": 4, "sequence": 24}
+    weighted = make_loader(shards, **{"data.sources": [{"path": shards, "weight": 2.0}]})
+    assert {name for name in loader.fields if loader.fields[name] != weighted.fields[name]} == {"data.sources.0.weight"}
 
 
 def test_validation_visits_every_document_once_and_ends(shards):
@@ -160,8 +213,6 @@ def test_condition_dropout_leaves_the_image_alone_and_only_in_training(shards):
 
 
 def test_an_oversize_document_is_cut_before_its_image_or_dropped(tmp_path):
-    from fusiontrain.testing.shards import interleaved
-
     long = interleaved(["x" * 95, None], [None, png(0)])
     write_shard(tmp_path / "x.tar", [long, *mixed_samples(3)])
     cut = make_loader(str(tmp_path), "validation")
@@ -169,6 +220,9 @@ def test_an_oversize_document_is_cut_before_its_image_or_dropped(tmp_path):
     assert documents[0].num_tokens == 96
     assert documents[0].image_tokens == 0
     assert cut.plan.truncated == 1
+    cut.plan._cache.clear()
+    cut.plan.step(0)
+    assert cut.plan.truncated == 1, "packing a window again counts nothing again"
     dropped = make_loader(str(tmp_path), "validation", **{"data.oversize": "drop"})
     assert {d.sample for s in dropped.plan.step(0) for d in s.documents} == {1, 2, 3}
     assert dropped.plan.dropped == 1
@@ -209,3 +263,95 @@ def test_text_alone_keeps_the_markers_of_images(shards):
     assert batches[0].token_counts["image"] == 0
     tokens = batches[0].token_ids.tolist()
     assert tokens.count(258) == tokens.count(259) > 0
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_an_error_in_a_thread_reaches_the_trainer(tmp_path):
+    loader = make_loader(write_shards(tmp_path), **{"data.num_workers": 2})
+    for shard in tmp_path.glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(UserError, match=r"shard-00\d\.tar: cannot be opened"):
+        next(loader.iterate(0))
+    assert not loader_threads()
+
+
+def test_closing_stops_the_threads_and_a_loader_can_begin_again(shards):
+    loader = make_loader(shards, **{"data.num_workers": 2})
+    iterator = loader.iterate(0)
+    first = digest(next(iterator)[0])
+    assert loader_threads()
+    loader.close()
+    assert not loader_threads()
+    assert not loader._shards._open
+    assert steps_of(loader, 0, 1) == [first]
+    assert not loader_threads()
+
+
+def test_more_shards_than_may_be_open(shards):
+    loader = make_loader(shards)
+    loader._shards.limit = 1
+    assert steps_of(loader, 0, 14) == steps_of(make_loader(shards), 0, 14)
+    assert sum(map(len, loader._shards._open.values())) == 1
+
+
+def test_steps_are_the_same_for_a_step_that_spans_many_windows(shards):
+    settings = {"data.pack_window_documents": 2, "train.global_batch_sequences": 32}
+    loader = make_loader(shards, **settings)
+    numbers = [[d.sample for s in loader.plan.step(step) for d in s.documents] for step in range(3)]
+    again = make_loader(shards, **settings)
+    assert [d.sample for s in again.plan.step(2) for d in s.documents] == numbers[2]
+    assert sorted(list(itertools.chain(*numbers))[:24]) == list(range(24))
+
+
+def test_bad_samples_of_the_index_are_counted_once_and_judged_by_all_ranks(tmp_path, caplog):
+    bad = {"json": b"{"}
+    write_shard(tmp_path / "x.tar", [*mixed_samples(20), *[bad] * 9])
+    assert [make_loader(str(tmp_path), rank=rank, world_size=2).skipped for rank in (0, 1)] == [9, 0]
+    write_shard(tmp_path / "x.tar", [*mixed_samples(20), *[bad] * 12])
+    for rank in (0, 1):
+        with pytest.raises(UserError, match=r"\d+ of \d+ samples are unreadable, the last being .*x\.tar: sample \d+"):
+            make_loader(str(tmp_path), rank=rank, world_size=2)
+    assert make_loader(str(tmp_path), **{"data.max_bad_fraction": 0.5}).skipped == 12
+    with pytest.raises(UserError, match=r"^1 of 21 samples are unreadable"):
+        make_loader(str(tmp_path), **{"data.max_bad_fraction": 0.0})
+
+
+def test_many_sound_samples_in_the_index_do_not_excuse_bad_reads(tmp_path):
+    write_shard(tmp_path / "x.tar", mixed_samples(200))
+    loader = make_loader(str(tmp_path), **{"data.max_bad_fraction": 0.5})
+    (tmp_path / "x.tar").write_bytes(bytes((tmp_path / "x.tar").stat().st_size))
+    with pytest.raises(UserError, match=r"^10 of 10 samples are unreadable"):
+        list(itertools.islice(loader.iterate(0), 9))
+
+
+def test_latents_that_patches_do_not_divide_are_left_out_and_named(tmp_path, caplog):
+    def latent(side):
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros((4, side, side), np.float32))
+        return {"txt": b"a", "latent.npy": buffer.getvalue()}
+
+    write_shard(tmp_path / "x.tar", [latent(4), latent(5), latent(8)])
+    image = {"size": 8, "patch_size": 2, "representation": "latents", "channels": 4}
+    loader = make_loader(str(tmp_path), "validation", **{"data.image": image})
+    documents = {d.sample: d.image_tokens for s in loader.plan.step(0) for d in s.documents}
+    assert documents == {0: 4, 2: 16}
+    assert loader.plan.unfit == 1
+    assert "x.tar: sample 1 ('sample-0001'): a latent of 5 x 5 cells" in caplog.text
+
+
+def test_documents_that_never_fit_are_said_before_training(tmp_path):
+    write_shard(tmp_path / "x.tar", [interleaved([None], [png(0)])] * 3)
+    with pytest.raises(UserError, match=r"not one document fits data\.sequence_length=8"):
+        make_loader(str(tmp_path), **{"data.sequence_length": 8, "data.image": {"size": 8, "patch_size": 1}})
+
+
+def test_micro_batches_are_the_step_in_parts(shards):
+    whole, parts = (make_loader(shards, **{"train.micro_batch_sequences": size}) for size in (4, 1))
+    (batch,), _ = next(whole.iterate(3))
+    micro_batches, _ = next(parts.iterate(3))
+    assert [part.num_tokens for part in micro_batches] == [96] * 4
+    assert sum((part.sources for part in micro_batches), ()) == batch.sources
+    assert np.array_equal(np.concatenate([part.payloads["image"].noise_keys for part in micro_batches]), batch.payloads["image"].noise_keys)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import tarfile
 
 import numpy as np
 import pytest
 
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE, build_index, index_shard, index_sources
-from fusiontrain.data.shards import expand_shards
+from fusiontrain.data.shards import OpenShards, expand_shards
 from fusiontrain.data.tar import BLOCK, read_members, read_samples
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
@@ -34,6 +36,8 @@ def test_a_path_may_be_a_tar_a_folder_a_glob_or_a_brace_range(tmp_path):
     assert expand_shards(f"{tmp_path}/shard-{{000..011}}.tar") == everything
     assert expand_shards(f"{tmp_path}/shard-{{003,001}}.tar") == [everything[1], everything[3]]
     assert expand_shards(str(everything[5])) == [everything[5]]
+    odd = write_shard(tmp_path / "odd" / "name[1].tar", mixed_samples(1))
+    assert expand_shards(str(odd)) == [odd]
 
 
 @pytest.mark.parametrize("path", ["nothing", "nothing-*.tar", "shard-{000..002}.tar"])
@@ -41,6 +45,20 @@ def test_a_path_without_shards_is_refused(tmp_path, path):
     write_shards(tmp_path, shards=1)
     with pytest.raises(UserError, match=r"no such shard|no \.tar file"):
         expand_shards(f"{tmp_path}/{path}")
+
+
+def test_the_shard_read_longest_ago_is_closed_first(tmp_path):
+    paths = [write_shard(tmp_path / f"{n}.tar", mixed_samples(1)) for n in range(3)]
+    shards = OpenShards(limit=2)
+    first = shards.descriptor(paths[0])
+    shards.descriptor(paths[1])
+    assert shards.descriptor(paths[0]) == first
+    shards.descriptor(paths[2])
+    assert shards.descriptor(paths[0]) == first
+    assert [list(mine) for mine in shards._open.values()] == [[paths[2], paths[0]]]
+    shards.close()
+    with pytest.raises(OSError):
+        os.fstat(first)
 
 
 # ---------------------------------------------------------------- damage
@@ -89,6 +107,59 @@ def test_every_damage_is_found_and_placed(tmp_path, damage):
     with pytest.raises(UserError, match=r"x\.tar: damaged at offset \d+: .+") as error:
         list(read_members(path))
     assert "\n" not in str(error.value)
+
+
+def _pax_shard(tmp_path, name="a.txt"):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo(name)
+        info.size, info.pax_headers = 1, {"comment": "hello"}
+        tar.addfile(info, io.BytesIO(b"x"))
+    return path
+
+
+@pytest.mark.parametrize("records", [b"0 path=b.txt\n", b"-5 path=b.txt\n", b"99 path=b.txt\n", b"nonsense", b"16 comment=hellox", b"18 comment=hello\n"])
+def test_damage_in_a_pax_header_is_found(tmp_path, records):
+    path = _pax_shard(tmp_path)
+    data = bytearray(path.read_bytes())
+    assert data[BLOCK : BLOCK + 17] == b"17 comment=hello\n"
+    data[BLOCK : BLOCK + 17] = records[:17].ljust(17, b"x")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged at offset 0: a pax header is unreadable"):
+        list(read_members(path))
+
+
+def test_names_that_are_not_utf8_stay_apart(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        for name in ("\xe9.txt", "\xe8.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    assert [member.name for member in read_members(path)] == ["\\xe9.txt", "\\xe8.txt"]
+    assert len(index_of(path)) == 2
+
+
+def test_links_with_long_targets_are_passed_over(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        link = tarfile.TarInfo("long/" * 30 + "link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "target/" * 30
+        tar.addfile(link)
+        info = tarfile.TarInfo("a.txt")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+    assert [member.name for member in read_members(path)] == ["a.txt"]
+
+
+def test_a_member_that_comes_twice_is_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("a.txt", "a.TXT"):
+            (tmp_path / "f").write_text("x")
+            tar.add(tmp_path / "f", name)
+    with pytest.raises(UserError, match=r"sample 'a': member \.TXT comes twice, the second at offset \d+"):
+        list(read_samples(path))
 
 
 def test_members_of_a_sample_must_be_neighbours(tmp_path):
@@ -146,6 +217,10 @@ BAD = {
     "a number as text": ({"json": b'{"texts": [7], "images": [null]}'}, "is a int"),
     "not an image": ({"txt": b"hello", "png": b"nonsense"}, "not an image"),
     "two images": ({"txt": b"hello", "png": png(0), "jpg": png(1)}, "a caption pair has one"),
+    "half a surrogate pair": ({"json": b'{"texts": ["\\ud800"], "images": [null]}'}, "not Unicode"),
+    "half a surrogate pair as caption": ({"json": b'{"caption": "\\ud800"}'}, "not Unicode"),
+    "json without an end": ({"json": b"[" * 200_000}, "not valid JSON"),
+    "json that is not UTF-8": ({"json": b'{"caption": "\xff"}'}, "not valid JSON"),
     "text that is not UTF-8": ({"txt": b"\xff\xfe"}, "not UTF-8"),
 }
 
@@ -171,6 +246,28 @@ def test_index_is_cached_until_the_shard_changes(tmp_path):
     assert cached.stat().st_mtime_ns == before
     write_shard(path, mixed_samples(3))
     assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
+
+
+def test_a_damaged_index_is_built_anew(tmp_path):
+    path = write_shard(tmp_path / "x.tar", mixed_samples(3))
+    index_shard(path, "auto", False, TOKENIZER)
+    (cached,) = (tmp_path / ".fusiontrain-index").iterdir()
+    sound = cached.read_bytes()
+    for damage in (b"", sound[:100], sound[:-30], b"x" * len(sound)):
+        cached.write_bytes(damage)
+        assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
+        assert cached.read_bytes() == sound
+
+
+def test_where_the_shards_lie_read_only_the_index_goes_to_the_temporary_folder(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "shards" / "x.tar", mixed_samples(3))
+    (tmp_path / "shards" / ".fusiontrain-index").write_text("in the way: works for root too")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
+    (cached,) = tmp_path.glob("fusiontrain-index-*/*/*.npz")
+    before = cached.stat().st_mtime_ns
+    assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
+    assert cached.stat().st_mtime_ns == before
 
 
 def test_a_source_without_a_usable_sample_is_refused(tmp_path):

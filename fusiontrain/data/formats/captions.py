@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, image_suffixes
+from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, image_suffixes, read_json
 
 TEXT_KEYS = ("caption", "text")
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -15,9 +14,12 @@ TEXT_SUFFIXES = ("txt", "text", "caption")
 def read_captions(suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
     """A pair from `{key}.jpg` (or .png, ...) and `{key}.txt` or the key "caption" or "text" of `{key}.json`; text alone without an image.
 
-    Raises BadSample where there is no text.
+    Raises BadSample where there is no text, and where the image is there in the other representation only.
     """
-    images = [suffix for suffix in image_suffixes(suffixes) if suffix.endswith(LATENT_SUFFIX) == latents]
+    found = image_suffixes(suffixes)
+    images = [suffix for suffix in found if suffix.endswith(LATENT_SUFFIX) == latents]
+    if found and not images:
+        raise BadSample(f"has {', '.join(found)}, but data.image.representation={'latents' if latents else 'pixels'}")
     if len(images) > 1:
         raise BadSample(f"has {len(images)} images ({', '.join(images)}), a caption pair has one")
     pieces = [Piece(text=_text(suffixes, fields)), *(Piece(image=image) for image in images)]
@@ -34,11 +36,8 @@ def _text(suffixes: Collection[str], fields: Fields) -> str:
             if text:
                 return text
     if "json" in suffixes:
-        try:
-            document = json.loads(fields("json"))
-        except ValueError as error:
-            raise BadSample(f"its .json is not valid JSON ({error})") from error
+        document = read_json(fields)
         for key in TEXT_KEYS:
             if isinstance(document, dict) and isinstance(document.get(key), str) and document[key].strip():
-                return document[key].strip()
+                return checked_text(document[key].strip())
     raise BadSample("has no text: neither a .txt member nor a 'caption' or 'text' in its .json")

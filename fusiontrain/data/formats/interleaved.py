@@ -3,12 +3,11 @@ each place, and the images as members `{key}.<name>`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import Any
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample
+from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, read_json
 
 
 def is_interleaved(document: Any) -> bool:
@@ -22,10 +21,7 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: bool) -
     """
     if "json" not in suffixes:
         raise BadSample("has no .json member")
-    try:
-        document = json.loads(fields("json"))
-    except ValueError as error:
-        raise BadSample(f"its .json is not valid JSON ({error})") from error
+    document = read_json(fields)
     if not is_interleaved(document):
         raise BadSample("its .json has no lists 'texts' and 'images'")
     texts, images = document["texts"], document["images"]
@@ -36,7 +32,7 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: bool) -
         if text is not None and image is not None:
             raise BadSample(f"place {place} has both a text and an image")
         if isinstance(text, str) and text:
-            pieces.append(Piece(text=text))
+            pieces.append(Piece(text=checked_text(text)))
         elif image is not None:
             pieces.append(Piece(image=_member(image, suffixes, latents)))
         elif text not in (None, ""):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
+
+from fusiontrain.data.errors import BadSample
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 LATENT_SUFFIX = "latent.npy"
@@ -34,3 +38,20 @@ def is_image(suffix: str) -> bool:
 
 def image_suffixes(suffixes: Collection[str]) -> list[str]:
     return sorted(suffix for suffix in suffixes if is_image(suffix))
+
+
+def read_json(fields: Fields) -> Any:
+    """The value of the `.json` member. Raises BadSample."""
+    try:
+        return json.loads(fields("json"))
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"its .json is not valid JSON ({error})") from error
+
+
+def checked_text(text: str) -> str:
+    """The text, if it can be written as UTF-8: JSON may hold half of a surrogate pair, which no tokenizer takes. Raises BadSample."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(f"its text is not Unicode ({error.reason})") from error
+    return text

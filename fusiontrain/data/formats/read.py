@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 
-from fusiontrain.data.formats.captions import read_captions
+from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.captions import TEXT_SUFFIXES, read_captions
 from fusiontrain.data.formats.interleaved import is_interleaved, read_interleaved
-from fusiontrain.data.formats.pieces import Fields, Sample
+from fusiontrain.data.formats.pieces import Fields, Sample, read_json
 
 READERS = {"interleaved": read_interleaved, "captions": read_captions}
 
@@ -22,7 +22,7 @@ def detect(suffixes: Collection[str], fields: Fields) -> str:
     if "json" not in suffixes:
         return "captions"
     try:
-        document = json.loads(fields("json"))
-    except ValueError:
-        return "interleaved" if not any(suffix in suffixes for suffix in ("txt", "text", "caption")) else "captions"
+        document = read_json(fields)
+    except BadSample:  # a caption beside it may do without; else the reader says what is wrong
+        return "captions" if any(suffix in suffixes for suffix in TEXT_SUFFIXES) else "interleaved"
     return "interleaved" if is_interleaved(document) else "captions"
