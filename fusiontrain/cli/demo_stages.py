@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
 }
 """Of the trainings, where nothing else is set; launch/env.sh has the reasons."""
 

@@ -80,6 +80,10 @@ def set_threads(threads: int | None, ranks: Ranks) -> int:
     """Set, and return, the CPU threads of this process: `threads`, or the machine's cores shared by its processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     count = threads or max(1, cores // ranks.local_world_size)
+    if ranks.device.type == "cpu":
+        # With several threads, gathering the gradients of repeated rows adds them in any order, and a resumed run would differ in the last bit.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_num_threads(count)
     return count
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def fusiontrain(*argv: str, cwd: Path, timeout: int = 400) -> subprocess.CompletedProcess[str]:
     import os
 
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     return subprocess.run([sys.executable, "-m", "fusiontrain", *argv], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
