@@ -26,6 +26,9 @@ class ImageModelConfig(Section):
     position_embedding: Literal["none", "sincos2d"] = Field(
         "none", description="none: rotary positions only, as Transfusion; sincos2d: add a fixed table of row and column"
     )
+    input_scale: float = Field(
+        1.0, gt=0, description="factor on image rows where they enter the blocks: larger ones learn faster beside a small text model"
+    )
     vae: str | None = Field(None, description="diffusers AutoencoderKL folder: pixels are encoded to latents on the device")
 
 

@@ -45,6 +45,7 @@ def build_model(config: Config) -> FusionModel:
         image=image,
         image_objective=image_objective,
         image_channels=channels,
+        image_input_scale=config.model.image.input_scale,
         codec=codec,
         attention_impl=config.kernels.impl,
     )

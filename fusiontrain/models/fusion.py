@@ -54,12 +54,14 @@ class FusionModel(nn.Module):
         image: Patcher | None = None,
         image_objective: Any = None,
         image_channels: int = 0,
+        image_input_scale: float = 1.0,
         codec: LatentCodec | None = None,
         attention_impl: str = "auto",
     ) -> None:
         super().__init__()
         self.shape, self.recipe = shape, recipe
         self.attention_impl, self.image_channels, self.codec = attention_impl, image_channels, codec
+        self.image_input_scale = image_input_scale
         self.text = TextModality(shape.vocab_size, shape.dim, shape.tie_embeddings)
         self.image = image
         self.rotary = RotaryEmbedding(shape.head_dim, shape.rope_theta, shape.rope_scaling)
@@ -100,14 +102,20 @@ class FusionModel(nn.Module):
         return self._run_blocks(x, layout, [attend] * len(self.blocks)), images
 
     def _embed_images(self, payload: Payload) -> tuple[torch.Tensor, _NoisedImages]:
-        assert self.image is not None
         if self.codec is not None:
             payload = replace(payload, values=self.codec.encode(payload.values, payload.grids))
         noise = keyed_normal(payload.noise_keys, payload.image_ids, payload.values.shape[-1], payload.grids)
         levels = self.image_objective.levels(payload)
         noised = self.image_objective.corrupt(payload.values, noise, levels[payload.image_ids])
-        rows, state = self.image.encode(noised, levels, payload.image_ids, payload.grids)
+        rows, state = self._image_rows(noised, levels, payload.image_ids, payload.grids)
         return rows, _NoisedImages(payload, noise, levels, state)
+
+    def _image_rows(
+        self, values: torch.Tensor, levels: torch.Tensor, image_ids: torch.Tensor, grids: tuple[Grid, ...]
+    ) -> tuple[torch.Tensor, Any]:
+        assert self.image is not None
+        rows, state = self.image.encode(values, levels, image_ids, grids)
+        return rows * self.image_input_scale, state
 
     def _run_blocks(self, x: torch.Tensor, layout: Layout, attends: Sequence[Attend]) -> torch.Tensor:
         for block, attend in zip(self.blocks, attends, strict=True):
@@ -140,7 +148,7 @@ class FusionModel(nn.Module):
             raise ValueError("this model has no image side")
         batch, num_patches, _ = values.shape
         image_ids = torch.arange(batch, device=values.device).repeat_interleave(num_patches)
-        x, state = self.image.encode(values.flatten(0, 1), levels, image_ids, (grid,) * batch)
+        x, state = self._image_rows(values.flatten(0, 1), levels, image_ids, (grid,) * batch)
         lengths = torch.full_like(cache.lengths, num_patches)
         hidden = self._decode(x, IMAGE.id, cache, num_patches, lengths, causal=False)
         if commit:

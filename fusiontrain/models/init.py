@@ -4,7 +4,7 @@
 |---|---|
 | norms | weight 1, bias 0 |
 | biases | 0 |
-| text embedding | normal, std 0.02 |
+| text embedding | normal, std 1 / sqrt(width): logits start at a standard deviation of one where the head shares it |
 | image output (linear or convolution) | 0: the first prediction is "nothing" |
 | o and down projections | normal, std 1 / sqrt(fan-in) / sqrt(2 * layers): the residual stream starts at the embedding's scale |
 | every other matrix or convolution | normal, std 1 / sqrt(fan-in) |
@@ -20,7 +20,6 @@ from torch import nn
 
 from fusiontrain.utils.keyed import hash_key
 
-EMBEDDING_STD = 0.02
 RESIDUAL_OUTPUTS = (".attention.o.", ".feed_forward.down.")
 
 
@@ -44,8 +43,6 @@ def _std(name: str, parameter: torch.Tensor, num_layers: int) -> float | None:
         return 0.0 if name.endswith("bias") else None
     if name.startswith("image.output."):
         return 0.0
-    if name == "text.embedding.weight":
-        return EMBEDDING_STD
     fan_in = parameter[0].numel()
     scale = 1 / math.sqrt(2 * num_layers) if any(part in name for part in RESIDUAL_OUTPUTS) else 1.0
     return scale / math.sqrt(fan_in)
