@@ -43,7 +43,6 @@ ATTRIBUTES = ("color", "shape", "size", "place")
 HELD_OUT_PAIRS = (("red", "cross"), ("blue", "triangle"), ("yellow", "square"), ("green", "circle"))
 TILE = 16
 _SUPERSAMPLE = 8
-_JITTER = 1
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,11 @@ def tile(shape: str, size: str) -> Image.Image:
     return image.resize((TILE, TILE), Image.Resampling.BOX)
 
 
-def render(scene: Scene, rng: Random | None = None) -> Image.Image:
-    """Paint a scene: RGB, 32x32. With `rng`, each object is moved by up to one pixel in x and in y."""
+def render(scene: Scene) -> Image.Image:
+    """Paint a scene: RGB, 32x32. A scene has one picture: what its words leave open, a model could only guess."""
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND)
     for item in scene:
         x, y = PLACES[item.place]
-        if rng is not None:
-            x, y = x + rng.randint(-_JITTER, _JITTER), y + rng.randint(-_JITTER, _JITTER)
         corner = (x - TILE // 2, y - TILE // 2)
         image.paste(COLORS[item.color], (*corner, corner[0] + TILE, corner[1] + TILE), tile(item.shape, item.size))
     return image

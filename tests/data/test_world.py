@@ -30,7 +30,7 @@ BLUE = SceneObject("large", "blue", "square", "bottom right")
 def _clean(count: int, seed: int) -> list[tuple[tuple[SceneObject, ...], np.ndarray]]:
     rng = Random(seed)
     scenes = [random_scene(rng, held_out=True) for _ in range(count)]
-    return [(scene, np.asarray(render(scene, rng))) for scene in scenes]
+    return [(scene, np.asarray(render(scene))) for scene in scenes]
 
 
 def test_judge_reads_clean_pictures():
@@ -55,7 +55,7 @@ def test_scores_of_wrong_captions_are_at_chance():
     scores, captions = [], []
     for _ in range(1000):
         painted, told = (random_scene(rng, held_out=True, num_objects=1) for _ in range(2))
-        scores.append(score_picture(np.asarray(render(painted, rng)), told))
+        scores.append(score_picture(np.asarray(render(painted)), told))
         captions.append(score_caption(caption(painted, rng.randrange(NUM_PHRASINGS)), told))
     for shares in (mean_shares(scores), mean_shares(captions)):
         assert shares["color"] == pytest.approx(1 / 8, abs=0.03)
