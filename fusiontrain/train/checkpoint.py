@@ -89,7 +89,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `state` and `tensors` of all ranks as one checkpoint, then delete all but the newest `keep_last`.
 
-    model: from `model_identity`. All ranks call this together. Returns the checkpoint's folder.
+    model: from `model_identity`. All ranks call this together. Returns the checkpoint's folder. Raises UserError where the tensors cannot be
+    written, such as on a full disk; the checkpoints before it stay as they are.
     """
     final = step_folder(checkpoints, state.step)
     partial = final.with_name(final.name + ".tmp")
@@ -98,7 +99,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         _write_durably(partial / CONFIG, config_text)
     barrier()
-    with _quiet():
+    with _quiet(), _named_failure(final):
         dcp.save({group: dict(part) for group, part in tensors.items()}, checkpoint_id=partial, no_dist=_alone())
     gathered = gather_objects(_describe_files(partial, ranks))
     if ranks.is_main:
@@ -109,6 +110,20 @@ def save_checkpoint(
     barrier()
     logger.info("saved %s", final)
     return final
+
+
+@contextlib.contextmanager
+def _named_failure(checkpoint: Path) -> Iterator[None]:
+    """torch reports a full disk as a RuntimeError of its file format, or wrapped with the failures of all ranks."""
+    try:
+        yield
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        logger.exception("saving %s", checkpoint)
+        free = shutil.disk_usage(checkpoint.parent).free / 2**20
+        raise UserError(
+            f"{checkpoint}: cannot be saved ({str(error).splitlines()[0]}; {free:,.0f} MiB are free there): the checkpoints before it are complete, "
+            "make room and run the same command again"
+        ) from error
 
 
 def load_checkpoint(checkpoint: Path, tensors: Tensors, ranks: Ranks) -> TrainState:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fusiontrain.utils.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 
 PEAK_FLOPS = {
@@ -127,9 +129,15 @@ def memory_gib(device: torch.device) -> float:
 
 
 def open_log(folder: Path, rank: int) -> logging.Handler:
-    """Send what fusiontrain logs to logs/rank-N.log of the run folder, after what is there; returns the handler, to be closed."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log", encoding="utf-8")
+    """Send what fusiontrain logs to logs/rank-N.log of the run folder, after what is there; returns the handler, to be closed.
+
+    Raises UserError where the folder cannot be made or written to.
+    """
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir: {folder} cannot be written to ({error.strerror}): give another folder") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("fusiontrain")
     root.addHandler(handler)

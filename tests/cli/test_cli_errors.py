@@ -71,6 +71,12 @@ def test_all_problems_are_told_at_once(config_file, capsys):
     assert "model.dim" in said
 
 
+def test_a_run_folder_that_cannot_be_made(config_file, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    said = fails_with(capsys, "train", config_file, "run.dir=taken")
+    assert "run.dir: taken cannot be written to" in said
+
+
 def test_a_folder_of_empty_shards(config_file, tmp_path, capsys):
     (tmp_path / "shards" / "shard-000.tar").write_bytes(bytes(1024))
     assert "without a usable sample" in fails_with(capsys, "train", config_file)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +88,23 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path: Path, monkeypa
     assert found is not None and found.name == "step-00000001" and verify_checkpoint(found) == []
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_disk_without_room_is_named_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """A process that may write no file above 4 KiB stands in for the full disk."""
+    save(tmp_path, 1)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            save_checkpoint(tmp_path, TrainState(step=2), {"model": {"weight": torch.zeros(10_000)}, "optimizer": {}}, MODEL, "", Ranks(), 9)
+        except UserError as error:
+            os._exit(7 if "step-00000002: cannot be saved" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    found = find_checkpoint("auto", tmp_path)
+    assert found is not None and found.name == "step-00000001" and verify_checkpoint(found) == []
 
 
 def flip(path: Path, place: int) -> None:

@@ -38,12 +38,14 @@ def build(config: Config):
     return ranks, model, parameters, build_optimizer(parameters, embeddings, config.optimizer)
 
 
-def gradients(config: Config, kinds: list[str], micro_batches: int) -> tuple[list[float], dict[str, torch.Tensor | None]]:
+def gradients(
+    config: Config, kinds: list[str], micro_batches: int, weights: dict[str, float] = WEIGHTS
+) -> tuple[list[float], dict[str, torch.Tensor | None]]:
     """Loss sums of all ranks, and the gradient of every parameter, after one step's forwards and backwards."""
     ranks, model, parameters, _ = build(config)
     batches = split(make_sequences(kinds, config), config, ranks.rank, ranks.world_size, micro_batches)
     counts = global_counts(batches)
-    sums = accumulate_gradients(model, batches, WEIGHTS, counts.targets, ranks.world_size, ranks.device)
+    sums = accumulate_gradients(model, batches, weights, counts.targets, ranks.world_size, ranks.device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     return sums.tolist(), full_tensors({name: parameter.grad for name, parameter in parameters.items()})
@@ -97,6 +99,16 @@ def test_ranks_and_accumulation_change_nothing(recipe: str, kinds: list[str], ba
     assert trained, "nothing trains"
     has_signal = recipe == "transfusion" or "image" in "".join(kinds) or "mixed" in kinds
     assert any(gradient.abs().max() > 0 for gradient in trained) == has_signal
+
+
+def test_the_loss_weights_scale_the_gradients(base: str) -> None:
+    """The gradient is linear in the weights of the losses: that of (3, 7) is 3 times that of text alone and 7 times that of images alone."""
+    config, kinds = lmfusion_config(base), ["mixed", "mixed"]
+    text, image, both = (gradients(config, kinds, 1, {"text": t, "image": i})[1] for t, i in ((1.0, 0.0), (0.0, 1.0), (3.0, 7.0)))
+    trained = [name for name, gradient in both.items() if gradient is not None]
+    assert any(not torch.equal(text[name], image[name]) for name in trained)
+    for name in trained:
+        torch.testing.assert_close(both[name], 3 * text[name] + 7 * image[name], atol=2e-6, rtol=1e-4)
 
 
 def test_replicated_and_sharded_mesh_with_every_option(base: str) -> None:
