@@ -19,7 +19,7 @@ COUNT = 24
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    make_world(folder, 200, seed=2, validation_share=0.8)
+    make_world(folder, 500, seed=2, validation_share=0.8)
     return folder
 
 

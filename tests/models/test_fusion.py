@@ -211,6 +211,20 @@ def test_an_image_only_batch_trains(patcher):
 # ---------------------------------------------------------------- storage
 
 
+def test_image_rows_enter_the_blocks_multiplied_by_their_scale_and_text_rows_as_they_are(tmp_path):
+    entered = []
+    for scale in (1.0, 3.0):
+        config = lmfusion_config(tmp_path, **{"model.image.input_scale": scale})
+        model, rows = randomise(build_model(config)), []
+        model.blocks[0].register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0].detach()))
+        batch = batch_of(interleaved_documents(), config)
+        model._hidden(batch)
+        entered.append(rows[0])
+    border = batch.modality_bounds[1]
+    assert torch.equal(entered[0][:border], entered[1][:border])
+    torch.testing.assert_close(entered[1][border:], 3 * entered[0][border:])
+
+
 def test_storage_order_of_documents_changes_no_loss(tmp_path):
     config = lmfusion_config(tmp_path)
     model = randomise(build_model(config))
@@ -221,8 +235,9 @@ def test_storage_order_of_documents_changes_no_loss(tmp_path):
     torch.testing.assert_close(forward.sum, backward.sum, atol=1e-4, rtol=1e-5)
 
 
-def test_decoding_in_pieces_equals_the_whole_forward(tmp_path):
-    config = lmfusion_config(tmp_path)
+@pytest.mark.parametrize("input_scale", [1.0, 3.0])
+def test_decoding_in_pieces_equals_the_whole_forward(tmp_path, input_scale):
+    config = lmfusion_config(tmp_path, **{"model.image.input_scale": input_scale})
     model = randomise(build_model(config))
     after = [EOI, 33, 34, 35]
     doc = document([*WORDS, BOI], IMAGE, after, max_timestep=0.0)
