@@ -75,7 +75,7 @@ def _index(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
-    """Structure and headers are checked by indexing; then every image is decoded."""
+    """Structure and headers are checked by indexing; then every member's checksum is compared with its index, and every image decoded."""
     from fusiontrain.config.schema import ImageDataConfig
     from fusiontrain.data.errors import BadSample
     from fusiontrain.data.formats.pieces import LATENT_SUFFIX, is_image
@@ -94,8 +94,9 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
                 read = member_reader(members, descriptor)
                 try:
                     for suffix in members:
+                        content = read(suffix)
                         if is_image(suffix) and not suffix.endswith(LATENT_SUFFIX):
-                            decode_image(suffix, read(suffix), policy)
+                            decode_image(suffix, content, policy)
                 except BadSample as error:
                     problems.append(f"{shard}: sample {index.numbers[row]} ({index.keys[row]}): {error}")
         finally:

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,7 +31,7 @@ from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 FOLDER = ".fusiontrain-index"
 TEXT_PIECE, IMAGE_PIECE = 0, 1
 
@@ -42,7 +43,7 @@ class ShardIndex:
     numbers     [n] int32        place in the shard           keys   [n] str          is_pair [n] bool
     piece_start [n + 1] int64    first piece of a sample      kinds  [p] uint8        TEXT_PIECE or IMAGE_PIECE
     tokens      [p] int32        of texts, 0 for images       heights, widths [p] int32: of images in pixels or latent cells, 0 for texts
-    member_start [n + 1] int64   suffixes [m] str             offsets, sizes [m] int64
+    member_start [n + 1] int64   suffixes [m] str             offsets, sizes [m] int64    checksums [m] uint32: CRC-32 of the bytes
     bad_numbers [b] int32        bad_keys [b] str             bad_reasons [b] str
     """
 
@@ -58,6 +59,7 @@ class ShardIndex:
     suffixes: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
+    checksums: np.ndarray
     bad_numbers: np.ndarray
     bad_keys: np.ndarray
     bad_reasons: np.ndarray
@@ -68,7 +70,9 @@ class ShardIndex:
     def members(self, sample: int) -> dict[str, Member]:
         """The members of a sample by suffix."""
         span = range(self.member_start[sample], self.member_start[sample + 1])
-        return {str(self.suffixes[i]): Member(str(self.suffixes[i]), int(self.offsets[i]), int(self.sizes[i])) for i in span}
+        return {
+            str(self.suffixes[i]): Member(str(self.suffixes[i]), int(self.offsets[i]), int(self.sizes[i]), int(self.checksums[i])) for i in span
+        }
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class _Builder:
         self.kind, self.latents, self.tokenizer = kind, latents, tokenizer
         self.samples: list[tuple[int, str, bool, int, int]] = []  # number, key, is_pair, pieces, members
         self.pieces: list[tuple[int, int, int, int]] = []  # kind, tokens, height, width
-        self.members: list[tuple[str, int, int]] = []
+        self.members: list[tuple[str, int, int, int]] = []
         self.bad: list[tuple[int, str, str]] = []
 
     def add(self, number: int, sample: TarSample, descriptor: int) -> None:
@@ -200,13 +204,13 @@ class _Builder:
             elif piece.image is not None:
                 pieces.append((IMAGE_PIECE, 0, *image_size(piece.image, read(piece.image))))
         self.pieces += pieces
-        self.members += [(suffix, member.offset, member.size) for suffix, member in sample.members.items()]
+        self.members += [(suffix, member.offset, member.size, zlib.crc32(read(suffix))) for suffix, member in sample.members.items()]
         self.samples.append((number, sample.key, parsed.is_pair, len(pieces), len(sample.members)))
 
     def finish(self) -> ShardIndex:
         numbers, keys, is_pair, num_pieces, num_members = _columns(self.samples, 5)
         kinds, tokens, heights, widths = _columns(self.pieces, 4)
-        suffixes, offsets, sizes = _columns(self.members, 3)
+        suffixes, offsets, sizes, checksums = _columns(self.members, 4)
         bad_numbers, bad_keys, bad_reasons = _columns(self.bad, 3)
         return ShardIndex(
             numbers=np.array(numbers, np.int32),
@@ -221,6 +225,7 @@ class _Builder:
             suffixes=np.array(suffixes, np.str_),
             offsets=np.array(offsets, np.int64),
             sizes=np.array(sizes, np.int64),
+            checksums=np.array(checksums, np.uint32),
             bad_numbers=np.array(bad_numbers, np.int32),
             bad_keys=np.array(bad_keys, np.str_),
             bad_reasons=np.array(bad_reasons, np.str_),
@@ -232,13 +237,19 @@ def _columns(rows: Sequence[tuple], count: int) -> list[Sequence]:
 
 
 def member_reader(members: dict[str, Member], descriptor: int) -> Fields:
-    """A function from suffix to the bytes of that member of an open shard. Unreadable bytes are a BadSample."""
+    """A function from suffix to the bytes of that member of an open shard.
+
+    Bytes that cannot be read, or that are not those whose checksum the index holds, are a BadSample.
+    """
 
     def read(suffix: str) -> bytes:
         member = members[suffix]
         try:
-            return read_bytes(descriptor, member.offset, member.size)
+            content = read_bytes(descriptor, member.offset, member.size)
         except OSError as error:
             raise BadSample(f"its .{suffix} cannot be read ({error})") from error
+        if member.crc32 is not None and zlib.crc32(content) != member.crc32:
+            raise BadSample(f"its .{suffix} at offset {member.offset} does not match the checksum of its index: damaged, or changed since")
+        return content
 
     return read

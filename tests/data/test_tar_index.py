@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -205,6 +206,7 @@ def test_members_in_the_index_are_the_bytes_that_were_written(tmp_path):
     for row, members in enumerate(samples):
         found = {suffix: data[m.offset : m.offset + m.size] for suffix, m in index.members(row).items()}
         assert found == members
+        assert {m.crc32 for m in index.members(row).values()} == {zlib.crc32(content) for content in members.values()}
 
 
 BAD = {
