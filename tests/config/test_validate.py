@@ -84,7 +84,8 @@ def test_one_wrong_thing(path: Path, overrides: list[str], key: str, word: str) 
     ],
 )
 def test_right_things_are_let_through(path: Path, overrides: list[str]) -> None:
-    load(path, overrides)
+    config = load(path, overrides)
+    assert load(path, []) != config, "the overrides say nothing that the file does not say already"
 
 
 def test_image_tokens_are_known_for_pixels_only(path: Path) -> None:
