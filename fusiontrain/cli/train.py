@@ -114,13 +114,15 @@ class PlainReporter(SilentReporter):
 class LiveReporter(SilentReporter):
     """A progress bar that redraws itself on stderr, with events above it."""
 
-    def started(self, step: int, steps: int, run_dir: Path) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TextColumn("eta {task.fields[eta]}"))
-        self.eta = Eta(step, steps)
         self.progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+
+    def started(self, step: int, steps: int, run_dir: Path) -> None:
+        self.eta = Eta(step, steps)
         self.task = self.progress.add_task("starting", total=steps, completed=step, eta="-")
         self.progress.start()
         self.event(f"training {run_dir} from step {step} to {steps}")

@@ -16,7 +16,15 @@ from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
 from fusiontrain.parallel.reduce import barrier, on_main
-from fusiontrain.train.checkpoint import CONFIG, Tensors, find_checkpoint, load_checkpoint, read_manifest, set_aside_newer
+from fusiontrain.train.checkpoint import (
+    CONFIG,
+    DamagedCheckpoint,
+    Tensors,
+    load_checkpoint,
+    read_manifest,
+    resume_candidates,
+    set_aside_newer,
+)
 from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
@@ -63,29 +71,44 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     weights = model_tensors(model, parameters, include_frozen=config.model.base is None)
     tensors = {"model": weights, "optimizer": optimizer_tensors(optimizer, parameters)}
     identity = on_main(lambda: model_identity(config, weights))
-    state = resume(config, ranks, tensors, identity, loader.fields)
+    state, passed_over = resume(config, ranks, tensors, identity, loader.fields)
+    for damage in passed_over:
+        reporter.event(f"passed over {damage}")
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
     return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer)
 
 
-def resume(config: Config, ranks: Ranks, tensors: Tensors, identity: dict, data_fields: dict[str, str]) -> TrainState:
-    """Load the checkpoint that `checkpoint.resume` means into `tensors`, and return its state; a new state if there is none."""
+def resume(
+    config: Config, ranks: Ranks, tensors: Tensors, identity: dict, data_fields: dict[str, str]
+) -> tuple[TrainState, list[str]]:
+    """Load the checkpoint that `checkpoint.resume` means into `tensors`; returns its state (a new one if there is none) and what is wrong
+    with newer checkpoints that were passed over.
+
+    Only `auto` passes over damage, and not over the last one: a run whose checkpoints are all damaged must not start anew unasked.
+    """
     folder = Path(config.run.dir) / "checkpoints"
-    # The main rank decides, so that ranks which see a shared disk at different moments still take the same one.
-    checkpoint = on_main(lambda: find_checkpoint(config.checkpoint.resume, folder))
-    if checkpoint is None:
-        state = TrainState()
-    else:
-        manifest = read_manifest(checkpoint)
-        require_same_model(manifest["model"], identity, checkpoint)
-        require_same_data(manifest["state"]["data"], data_fields, checkpoint)
-        state = load_checkpoint(checkpoint, tensors, ranks)
+    # The main rank decides, so that ranks which see a shared disk at different moments still take the same ones.
+    candidates = on_main(lambda: resume_candidates(config.checkpoint.resume, folder))
+    state, passed_over = TrainState(), []
+    for checkpoint in candidates:
+        try:
+            manifest = read_manifest(checkpoint)
+            require_same_model(manifest["model"], identity, checkpoint)
+            require_same_data(manifest["state"]["data"], data_fields, checkpoint)
+            state = load_checkpoint(checkpoint, tensors, ranks)
+        except DamagedCheckpoint as error:
+            logger.warning("passed over %s", error)
+            passed_over.append(str(error))
+            continue
         logger.info("resumed from %s", checkpoint)
+        break
+    if len(passed_over) == len(candidates) > 0:
+        raise UserError(f"{passed_over[0]} (no older checkpoint is sound either)" if len(candidates) > 1 else passed_over[0])
     if ranks.is_main:
         for path in set_aside_newer(folder, state.step):
             logger.warning("set aside %s: it is later than the step %d that this run starts from", path, state.step)
-    return state
+    return state, passed_over
 
 
 def require_same_data(saved: Mapping[str, Any], fields: Mapping[str, str], checkpoint: Path) -> None:

@@ -45,6 +45,10 @@ Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 """{"model": {name: tensor}, "optimizer": {name.key: tensor}}"""
 
 
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing or is not what was written. All ranks that check together find the same."""
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
@@ -65,17 +69,16 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
-def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
-    """What `resume` (auto, none, or a folder) means for a run whose checkpoints lie in `checkpoints`; None = start anew."""
+def resume_candidates(resume: str, checkpoints: Path) -> list[Path]:
+    """What `resume` (auto, none, or a folder) means for a run whose checkpoints lie in `checkpoints`, best first; empty = start anew."""
     if resume == "none":
-        return None
+        return []
     if resume == "auto":
-        complete = list_checkpoints(checkpoints)
-        return complete[-1] if complete else None
+        return list_checkpoints(checkpoints)[::-1]
     path = Path(resume)
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path}: no complete checkpoint there ({MANIFEST} is missing): give a folder such as {checkpoints}/step-00000100")
-    return path
+    return [path]
 
 
 def save_checkpoint(
@@ -129,29 +132,29 @@ def _named_failure(checkpoint: Path) -> Iterator[None]:
 def load_checkpoint(checkpoint: Path, tensors: Tensors, ranks: Ranks) -> TrainState:
     """Read a checkpoint into `tensors` in place, on any number of ranks, after checking every file; returns its state.
 
-    All ranks call this together, and each checks its share of the files. Raises UserError naming a file that is damaged.
+    All ranks call this together, and each checks its share of the files. Raises DamagedCheckpoint naming a file, before anything is loaded.
     """
     manifest = read_manifest(checkpoint)
     problems = [line for part in gather_objects(verify_checkpoint(checkpoint, ranks.rank, ranks.world_size)) for line in part]
     if problems:
-        raise UserError(f"{problems[0]}: the checkpoint is damaged, resume from another one with --resume PATH")
+        raise DamagedCheckpoint(f"{problems[0]}: the checkpoint is damaged, resume from another one with --resume PATH")
     with _quiet():
         dcp.load({group: dict(part) for group, part in tensors.items()}, checkpoint_id=checkpoint, no_dist=_alone())
     return TrainState.from_dict(manifest["state"])
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; UserError where it is missing, damaged, or of a newer format."""
+    """The manifest of a checkpoint. Raises DamagedCheckpoint where it is missing or damaged, UserError where it is of a newer format."""
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         digest = manifest.pop("sha256")
     except FileNotFoundError as error:
-        raise UserError(f"{checkpoint}: no complete checkpoint there ({MANIFEST} is missing)") from error
+        raise DamagedCheckpoint(f"{checkpoint}: no complete checkpoint there ({MANIFEST} is missing)") from error
     except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: is not readable, the checkpoint is damaged: use another one") from error
+        raise DamagedCheckpoint(f"{path}: is not readable, the checkpoint is damaged: use another one") from error
     if digest != _digest(manifest):
-        raise UserError(f"{path}: does not match its own checksum, the checkpoint is damaged: use another one")
+        raise DamagedCheckpoint(f"{path}: does not match its own checksum, the checkpoint is damaged: use another one")
     if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: has format {manifest['format_version']}, this version reads {FORMAT_VERSION}: update fusiontrain")
     return manifest

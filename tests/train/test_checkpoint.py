@@ -15,10 +15,10 @@ import torch
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.train import checkpoint as module
 from fusiontrain.train.checkpoint import (
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     read_manifest,
+    resume_candidates,
     save_checkpoint,
     set_aside_newer,
     verify_checkpoint,
@@ -84,8 +84,8 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path: Path, monkeypa
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert (tmp_path / "step-00000002.tmp").is_dir(), "the kill came too early to test anything"
-    found = find_checkpoint("auto", tmp_path)
-    assert found is not None and found.name == "step-00000001" and verify_checkpoint(found) == []
+    (found,) = resume_candidates("auto", tmp_path)
+    assert found.name == "step-00000001" and verify_checkpoint(found) == []
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
@@ -103,8 +103,8 @@ def test_a_disk_without_room_is_named_and_leaves_the_last_checkpoint(tmp_path: P
             os._exit(7 if "step-00000002: cannot be saved" in str(error) else 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    found = find_checkpoint("auto", tmp_path)
-    assert found is not None and found.name == "step-00000001" and verify_checkpoint(found) == []
+    (found,) = resume_candidates("auto", tmp_path)
+    assert found.name == "step-00000001" and verify_checkpoint(found) == []
 
 
 def flip(path: Path, place: int) -> None:
@@ -145,14 +145,14 @@ def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
 
 
 def test_what_resume_means(tmp_path: Path) -> None:
-    assert find_checkpoint("auto", tmp_path / "nothing") is None
+    assert resume_candidates("auto", tmp_path / "nothing") == []
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     (tmp_path / "step-00000003").mkdir()  # no manifest: not complete
-    assert find_checkpoint("none", tmp_path) is None
-    assert find_checkpoint("auto", tmp_path) == newer
-    assert find_checkpoint(str(older), tmp_path) == older
+    assert resume_candidates("none", tmp_path) == []
+    assert resume_candidates("auto", tmp_path) == [newer, older]
+    assert resume_candidates(str(older), tmp_path) == [older]
     with pytest.raises(UserError, match="step-00000003: no complete checkpoint"):
-        find_checkpoint(str(tmp_path / "step-00000003"), tmp_path)
+        resume_candidates(str(tmp_path / "step-00000003"), tmp_path)
 
 
 def test_going_back_sets_the_abandoned_future_aside(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_going_back_sets_the_abandoned_future_aside(tmp_path: Path) -> None:
         save(tmp_path, step)
     set_aside_newer(tmp_path, 1)
     assert names(tmp_path) == ["step-00000001", "step-00000002.stale", "step-00000003.stale"]
-    assert find_checkpoint("auto", tmp_path) == tmp_path / "step-00000001"
+    assert resume_candidates("auto", tmp_path) == [tmp_path / "step-00000001"]
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 from fusiontrain.config.schema import Config
 from fusiontrain.models.build import build_model
 from fusiontrain.parallel.mesh import process_group, read_ranks
-from fusiontrain.testing.ranks import shared_pool
+from fusiontrain.testing.ranks import RankFailure, shared_pool
 from fusiontrain.testing.training import full_tensors, world_config, write_base
 from fusiontrain.train.build import build_trainer, check_config
 from fusiontrain.train.checkpoint import list_checkpoints, read_manifest
@@ -122,6 +122,32 @@ def test_a_resumed_run_continues_bit_for_bit(folder: Path, whole, world_size: in
     assert events[0] == "from 2 to 4"
     assert without_times(metrics(config)) == without_times(metrics(wanted_config))
     assert tensors.keys() == wanted.keys() and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+
+
+def damage(checkpoint: Path) -> None:
+    path = sorted(checkpoint.glob("*.distcp"))[-1]  # the last rank's: only that rank can find it
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_damaged_checkpoint_is_passed_over_by_name(folder: Path, whole, world_size: int) -> None:
+    wanted_config, wanted = whole[world_size]
+    target = folder / f"damaged-{world_size}"
+    shutil.copytree(wanted_config.run.dir, target)
+    config = world_config(folder, {"run.dir": str(target)})
+    damage(target / "checkpoints" / "step-00000004")
+    _, tensors, events = run(config, world_size)
+    assert events[0].startswith("passed over") and "step-00000004" in events[0] and "sha256" in events[0]
+    assert events[1] == "from 2 to 4"
+    assert without_times(metrics(config)) == without_times(metrics(wanted_config))
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+
+    for checkpoint in (target / "checkpoints").glob("step-0000000?"):
+        damage(checkpoint)
+    with pytest.raises((UserError, RankFailure), match="no older checkpoint is sound either"):
+        run(config, world_size)
 
 
 def test_a_run_continues_on_another_number_of_ranks(folder: Path, whole) -> None:
