@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"config": args.config, "ok": True})
     else:
-        print(f"{args.config}: ok")
+        print(f"{args.config}: ok" + ("" if args.files else " (values alone; --files also looks for what it names)"))
     return 0
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -166,11 +166,11 @@ class SampleConfig(Section):
 class DemoConfig(Section):
     dir: str = Field(..., description="gets world/, tokenizer.json and llama/ (random weights) on first use")
     documents: int = Field(300, ge=2)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class Config(Section):
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig

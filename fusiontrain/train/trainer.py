@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
@@ -196,10 +197,21 @@ class Trainer:
             self.reporter.event(f"step {self.state.step}: samples in {path}")
 
     def _save(self) -> None:
+        self._require_finite_weights()
         folder = Path(self.config.run.dir) / "checkpoints"
         keep_last, text = self.config.checkpoint.keep_last, to_yaml(self.config)
         path = save_checkpoint(folder, self.state, self.tensors, self.identity, text, self.ranks, keep_last)
         self.reporter.event(f"step {self.state.step}: saved {path}")
+
+    def _require_finite_weights(self) -> None:
+        """A checkpoint of weights that are not finite would only push out the good ones."""
+        shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.tensors["model"].values())
+        broken = any(not shard.isfinite().all() for shard in shards if shard.is_floating_point())
+        if any(flag for (flag,) in gather_floats((float(broken),))):
+            raise TrainingDiverged(
+                f"step {self.state.step}: weights are no longer finite, so they are not saved: lower optimizer.learning_rate and resume from the "
+                "last checkpoint"
+            )
 
     def _require_progress(self, result: StepResult) -> None:
         if self.state.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fusiontrain.config.explain import all_keys
 from fusiontrain.config.load import load, to_yaml
-from fusiontrain.config.schema import Config
+from fusiontrain.config.schema import Config, DataConfig, ImageDataConfig, ObjectiveConfig, OptimizerConfig, SourceConfig
 from fusiontrain.utils.errors import UserError
 
 TEXT = """
@@ -147,3 +147,20 @@ def test_no_key_of_the_schema_is_hidden_from_suggestions() -> None:
     keys = set(all_keys())
     assert {"data.tokenizer.path", "model.image.patcher", "demo.dir", "train"} <= keys
     assert {key.split(".")[0] for key in keys} == set(Config.model_fields)
+
+
+def test_defaults_are_those_of_the_papers():
+    """LMFusion (arXiv 2412.15188) and Transfusion (2408.11039): the image loss weighs 5, noise levels up to 0.5 for images that come first, 1,000
+    steps of the cosine schedule, AdamW with betas 0.9 and 0.95 and clipping at 1, and a caption dropped in a tenth of documents."""
+    assert (ObjectiveConfig().image_weight, ObjectiveConfig().text_weight) == (5.0, 1.0)
+    assert (ObjectiveConfig().image, ObjectiveConfig().num_timesteps) == ("ddpm", 1000)
+    assert ImageDataConfig().image_first_noise_cap == 0.5
+    assert (OptimizerConfig().beta1, OptimizerConfig().beta2, OptimizerConfig().clip_norm) == (0.9, 0.95, 1.0)
+    assert DataConfig(sources=(SourceConfig(path="x"),)).condition_dropout == 0.1
+    assert SourceConfig(path="x").image_first_probability == 0.2
+
+
+@pytest.mark.parametrize("key", ["optimizer.learning_rate", "optimizer.clip_norm", "objective.image_weight", "data.sources.0.weight", "sample.guidance"])
+def test_numbers_are_finite(path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        load(path, [f"{key}=.inf"])

@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, whole, overrides: di
 
 
 def test_a_run_that_diverges_stops_with_a_sentence_and_keeps_its_weights(folder: Path) -> None:
-    never = {"evaluate.every_steps": 99, "sample.prompts": ()}
+    never = {"evaluate.every_steps": 99, "checkpoint.every_steps": 99, "sample.prompts": ()}
     config = world_config(folder, {"run.dir": str(folder / "diverged"), "train.steps": 20, **never})
     recorder = Recorder()
     trainer = build_trainer(config, read_ranks({}), recorder, StopRequest())
@@ -258,6 +258,34 @@ def test_a_run_that_diverges_stops_with_a_sentence_and_keeps_its_weights(folder:
     assert sum("no update" in event for event in recorder.events) == MAX_NONFINITE_STEPS
     for name, tensor in trainer.tensors["model"].items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def break_a_weight_after_step_3(config: Config) -> list[str]:
+    """Train; the last rank's part of a weight becomes infinite after step 3. What the run said when it stopped, and its checkpoints."""
+    ranks = read_ranks() if torch.distributed.is_initialized() else read_ranks({})
+
+    def act(values: Mapping[str, Any]) -> None:
+        if values["step"] == 3 and ranks.rank == ranks.world_size - 1:
+            weight = trainer.tensors["model"]["blocks.0.attention.q.image.weight"].detach()
+            (weight.to_local() if hasattr(weight, "to_local") else weight)[0, 0] = math.inf
+
+    with process_group(ranks, config.parallel):
+        trainer = build_trainer(config, ranks, Recorder(act), StopRequest())
+        try:
+            trainer.run()
+        except TrainingDiverged as error:
+            return [str(error), *(path.name for path in list_checkpoints(Path(config.run.dir) / "checkpoints"))]
+        finally:
+            trainer.close()
+    return []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_that_are_not_finite_are_never_saved(folder: Path, world_size: int) -> None:
+    config = world_config(folder, {"run.dir": str(folder / f"broken-{world_size}"), "evaluate.every_steps": 99, "sample.prompts": ()})
+    answers = [break_a_weight_after_step_3(config)] if world_size == 1 else shared_pool().run(break_a_weight_after_step_3, world_size, config)
+    for said, *saved in answers:
+        assert "step 4: weights are no longer finite" in said and saved == ["step-00000002"]
 
 
 def test_without_a_base_everything_is_stored(folder: Path) -> None:
