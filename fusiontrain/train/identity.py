@@ -49,7 +49,8 @@ def require_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], che
     difference = first_difference(saved, current)
     if difference:
         raise UserError(
-            f"{checkpoint}: is a checkpoint of another model: {difference}: give the config it was trained with, or start anew with another run.dir"
+            f"{checkpoint}: is a checkpoint of another model: {difference}: give the config it was trained with, "
+            "or start anew with another run.dir"
         )
 
 

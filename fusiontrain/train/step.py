@@ -96,7 +96,9 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(trainable, clip_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     *totals, grad_norm = torch.cat([sum_tensor(sums), norm.double().reshape(1)]).tolist()
-    losses = {name: total / counts.targets[name] if counts.targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)}
+    losses = {
+        name: total / counts.targets[name] if counts.targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)
+    }
     loss = sum(weights[name] * losses[name] for name in MODALITY_NAMES if counts.targets[name])
     result = StepResult(loss, losses, grad_norm)
     if result.finite:

@@ -35,7 +35,7 @@ def built(members, draws=AS_IT_IS, kind="auto", **overrides):
     sample = read_sample(kind, members, members.__getitem__, latents)
     kinds = [IMAGE_PIECE if piece.image else TEXT_PIECE for piece in sample.pieces]
     tokens = [4 if piece.image else len(tokenizer.encode(piece.text)) for piece in sample.pieces]
-    places, length, cut = arrange(kinds, tokens, sample.is_pair, draws, config.data, tokenizer.begin_text_id is not None)
+    ((places, length, cut),) = arrange(kinds, tokens, sample.is_pair, draws, config.data, tokenizer.begin_text_id is not None)
     document = build_document(sample, members.__getitem__, places, cut, config.data, tokenizer, SOURCE)
     assert document.num_tokens == length
     return document
@@ -172,7 +172,9 @@ def test_damaged_latents_are_bad_samples(data):
         built({"txt": b"ab", "latent.npy": data}, **LATENTS)
 
 
-@pytest.mark.parametrize(("members", "settings"), [({"txt": b"ab", "png": png(0)}, LATENTS), ({"txt": b"ab", "latent.npy": npy(np.ones((4, 4, 4)))}, {})])
+@pytest.mark.parametrize(
+    ("members", "settings"), [({"txt": b"ab", "png": png(0)}, LATENTS), ({"txt": b"ab", "latent.npy": npy(np.ones((4, 4, 4)))}, {})]
+)
 def test_a_pair_whose_image_is_there_in_the_other_form_is_no_text(members, settings):
     with pytest.raises(BadSample, match=r"but data\.image\.representation="):
         built(members, **settings)
