@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def balance(costs: Sequence[int], world_size: int) -> list[list[int]]:
     """Indices of `costs`, as many for each rank, so that the ranks' sums are near each other.
 
-    The dearest goes first, each to the cheapest rank with room (LPT), and then the dearest and the cheapest rank swap items while that brings
+    The dearest goes first, each to the cheapest rank with room (LPT), and then the dearest rank swaps items with cheaper ones while that brings
     them nearer. Ties go by index, so all ranks find the same. Raises ValueError where the ranks cannot get equal counts.
     """
     if len(costs) % world_size:
@@ -24,22 +24,20 @@ def balance(costs: Sequence[int], world_size: int) -> list[list[int]]:
             heapq.heappush(cheapest_first, (load + costs[item], rank))
     loads = [sum(costs[item] for item in share) for share in shares]
     for _ in range(2 * world_size):
-        if not _swap(costs, shares, loads):
+        high = loads.index(max(loads))
+        if not any(_swap(costs, shares, loads, high, low) for low in sorted(range(world_size), key=lambda rank: (loads[rank], rank))):
             break
     return [sorted(share) for share in shares]
 
 
-def _swap(costs: Sequence[int], shares: list[list[int]], loads: list[int]) -> bool:
-    """Swap the two items that bring the dearest and the cheapest rank nearest to each other; False where none does."""
-    high, low = loads.index(max(loads)), loads.index(min(loads))
+def _swap(costs: Sequence[int], shares: list[list[int]], loads: list[int], high: int, low: int) -> bool:
+    """Swap the two items that bring the loads of two ranks nearest to each other; False where no swap brings them nearer."""
     gap = loads[high] - loads[low]
-    best = min(
-        ((abs(gap - 2 * (costs[mine] - costs[theirs])), i, j) for i, mine in enumerate(shares[high]) for j, theirs in enumerate(shares[low])),
-        default=(gap, 0, 0),
-    )
-    if best[0] >= gap:
+    if gap <= 1:
         return False
-    _, i, j = best
+    distance, i, j = min((abs(gap - 2 * (costs[mine] - costs[theirs])), i, j) for i, mine in enumerate(shares[high]) for j, theirs in enumerate(shares[low]))
+    if distance >= gap:
+        return False
     moved = costs[shares[high][i]] - costs[shares[low][j]]
     shares[high][i], shares[low][j] = shares[low][j], shares[high][i]
     loads[high] -= moved

@@ -128,17 +128,18 @@ class Plan:
 
         Where a validation split ends inside the step, sequences without documents fill up.
         """
-        return self._shares(step, world_size)[rank]
+        return self.shares(step, world_size)[rank]
 
     def counts(self, step: int, world_size: int) -> list[dict[str, int]]:
         """The tokens of each rank in a step, per modality and as padding, in the order of the ranks; every rank knows them all."""
         counts = []
-        for share in self._shares(step, world_size):
+        for share in self.shares(step, world_size):
             image, total = sum(s.image_tokens for s in share), sum(s.num_tokens for s in share)
             counts.append({TEXT.name: total - image, IMAGE.name: image, "padding": len(share) * self.data.sequence_length - total})
         return counts
 
-    def _shares(self, step: int, world_size: int) -> list[list[PlannedSequence]]:
+    def shares(self, step: int, world_size: int) -> list[list[PlannedSequence]]:
+        """The sequences of every rank, in the order of the ranks."""
         sequences = self.step(step)
         sequences += [PlannedSequence(-1, 0, ())] * (self.sequences_per_step - len(sequences))
         return [[sequences[i] for i in share] for share in balance([s.cost for s in sequences], world_size)]
@@ -160,6 +161,14 @@ class Plan:
             if place < 0:
                 return Anchor()
             return Anchor(self._first_window + place, self._first_sequence[place])
+
+    def place(self, step: int) -> int:
+        """About how many documents of the mixed stream the steps before `step` have used; all of them have been planned."""
+        anchor = self.anchor(step)
+        with self._lock:
+            packed = self._pack(anchor.window)
+        inside = (step * self.sequences_per_step - anchor.sequence) / max(1, len(packed))
+        return round((anchor.window + inside) * self.data.pack_window_documents)
 
     def begin_at(self, anchor: Anchor) -> None:
         """Forget the windows before an anchor that this very plan gave, perhaps in another process. Earlier steps can still be asked for."""
