@@ -14,7 +14,8 @@ from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample, BadSampleLog
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import index_sources, member_reader
-from fusiontrain.data.plan import Anchor, Plan, PlannedDocument, PlannedSequence, check_world_size, fingerprint, plan_fields
+from fusiontrain.data.plan import Anchor, Plan, PlannedDocument, PlannedSequence, check_world_size
+from fusiontrain.data.plan_fields import fingerprint, plan_fields
 from fusiontrain.data.shards import OpenShards
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Batch, Document, PackedSequence
