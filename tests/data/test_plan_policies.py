@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import random
+import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 from fusiontrain.data.documents import Draws, arrange
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.loader import Loader, LoaderState
+from fusiontrain.data.mixture import MixedSource, Mixture
 from fusiontrain.data.peek import peek
 from fusiontrain.data.plan import Anchor
 from fusiontrain.data.plan_report import report
@@ -206,3 +209,17 @@ def test_peek_writes_what_the_step_saw(shards, tmp_path):
                 assert np.array_equal(np.asarray(shown), original)
         if number % 4 == 2:
             assert (tmp_path / row["files"][0]).read_text() == f"number {number} is told here"
+
+
+def test_fifty_million_documents_are_planned_anywhere_without_touching_the_others():
+    """Places of a huge epoch, from the mixture alone: nothing may be made per document, or this would take gigabytes."""
+    size = 50_000_000
+    mixture = Mixture([MixedSource(size, ((0, Fraction(1)),))], seed=0, shuffle=True)
+    last = mixture.window(3 * size - 5, 10)
+    assert [epoch for _, epoch, _ in last] == [2] * 5 + [3] * 5
+    assert len({sample for _, _, sample in last}) == 10
+    tracemalloc.start()
+    mixture.window(61 * size + 12345, 1024)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
