@@ -28,13 +28,20 @@ def add_parser(subparsers: Any) -> None:
     plan = actions.add_parser("plan", help="what the first steps of a training will hold: no sample is read")
     add_config_arguments(plan)
     plan.add_argument("--steps", type=int, default=20)
-    for parser in (world, index, verify, inspect, plan):
+    plan.add_argument("--world-size", type=int, default=1, help="ranks to balance for (default: 1)")
+    peek = actions.add_parser("peek", help="write what a training step saw as text files and pictures")
+    add_config_arguments(peek)
+    peek.add_argument("--step", type=int, required=True, help="as in metrics.jsonl, from 1")
+    peek.add_argument("--rank", type=int, default=0, help="only the share of this rank out of --world-size")
+    peek.add_argument("--world-size", type=int, default=1)
+    peek.add_argument("--out", metavar="DIR", help="default: peek-step-N")
+    for parser in (world, index, verify, inspect, plan, peek):
         add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or UserError with one sentence."""
-    actions = {"make-world": _make_world, "index": _index, "verify": _verify, "inspect": _inspect, "plan": _plan}
+    actions = {"make-world": _make_world, "index": _index, "verify": _verify, "inspect": _inspect, "plan": _plan, "peek": _peek}
     report = actions[args.action](args)
     if args.json:
         print_json(report)
@@ -131,7 +138,8 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     return {"shard": str(shard), "key": str(index.keys[number]), **pieces}
 
 
-def _plan(args: argparse.Namespace) -> dict[str, Any]:
+def _planned(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(config, tokenizer, plan) of the training that the arguments name."""
     from fusiontrain.config.load import load
     from fusiontrain.data.index import index_sources
     from fusiontrain.data.plan import Plan
@@ -139,20 +147,27 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
     config = load(args.config, args.overrides)
     tokenizer = load_tokenizer(config)
-    sources = index_sources(config.data.sources, config.data, tokenizer)
-    plan = Plan(config, sources, tokenizer, training=True)
+    return config, tokenizer, Plan(config, index_sources(config.data.sources, config.data, tokenizer), tokenizer, training=True)
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from fusiontrain.data.plan_report import report
+
+    if args.steps < 1 or args.world_size < 1:
+        raise UserError(f"--steps {args.steps} --world-size {args.world_size}: both must be at least 1")
+    config, _, plan = _planned(args)
     note(f"planning {args.steps} steps")
-    documents = [document for step in range(args.steps) for sequence in plan.step(step) for document in sequence.documents]
-    tokens, image_tokens = sum(d.num_tokens for d in documents), sum(d.image_tokens for d in documents)
-    room = args.steps * config.train.global_batch_sequences * config.data.sequence_length
-    return {
-        "samples": sum(len(source) for source in sources),
-        "steps": args.steps,
-        "documents": len(documents),
-        "text tokens": tokens - image_tokens,
-        "image tokens": image_tokens,
-        "fill": f"{tokens / room:.4f}",
-        "truncated documents": plan.truncated,
-        "dropped documents": plan.dropped,
-        "epochs of all steps": f"{config.train.steps * len(documents) / args.steps / sum(len(source) for source in sources):.2f}",
-    }
+    return report(plan, config, args.steps, args.world_size)
+
+
+def _peek(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps count from 1, as in metrics.jsonl: step N is what the N-th update was computed from."""
+    from fusiontrain.data.peek import peek
+    from fusiontrain.data.plan import check_world_size
+
+    config, tokenizer, plan = _planned(args)
+    if args.step < 1 or not 0 <= args.rank < args.world_size:
+        raise UserError(f"--step {args.step} --rank {args.rank}: steps count from 1, ranks from 0 to --world-size {args.world_size} minus 1")
+    check_world_size(config.train.global_batch_sequences, args.world_size)
+    sequences = plan.share(plan.data_step(args.step - 1), args.rank, args.world_size)
+    return {"step": args.step, **peek(sequences, plan, config, tokenizer, Path(args.out or f"peek-step-{args.step}"))}

@@ -26,9 +26,7 @@ class ImageModelConfig(Section):
     position_embedding: Literal["none", "sincos2d"] = Field(
         "none", description="none: rotary positions only, as Transfusion; sincos2d: add a fixed table of row and column"
     )
-    input_scale: float = Field(
-        1.0, gt=0, description="factor on image rows where they enter the blocks: larger ones learn faster beside a small text model"
-    )
+    input_scale: float = Field(1.0, gt=0, description="factor on image rows where they enter the blocks: larger ones learn faster beside a small text model")
     vae: str | None = Field(None, description="diffusers AutoencoderKL folder: pixels are encoded to latents on the device")
 
 
@@ -55,11 +53,13 @@ class ModelConfig(Section):
 
 class SourceConfig(Section):
     path: str = Field(..., description="a tar, a folder of tars, a glob, or a brace range such as shard-{000..015}.tar")
-    weight: float = Field(1.0, gt=0, description="share of documents relative to the other sources")
-    format: Literal["auto", "interleaved", "captions"] = "auto"
-    image_first_probability: float = Field(
-        0.2, ge=0, le=1, description="caption pairs only: share shown as image then caption (Transfusion 4.1: 0.2)"
+    weight: float = Field(1.0, gt=0, description="share relative to the other sources, of documents or tokens as data.mix_by says")
+    weight_schedule: tuple[tuple[int, float], ...] = Field(
+        (), description="[[document, weight], ...]: the weight from that document of the mixed stream on; `data plan` shows where a step lies"
     )
+    max_epochs: int | None = Field(None, ge=1, description="the source leaves the mixture after so many; null for never")
+    format: Literal["auto", "interleaved", "captions"] = "auto"
+    image_first_probability: float = Field(0.2, ge=0, le=1, description="caption pairs only: share shown as image then caption (Transfusion 4.1: 0.2)")
 
 
 class TokenizerConfig(Section):
@@ -83,16 +83,20 @@ class ImageDataConfig(Section):
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(..., min_length=1)
     validation_sources: tuple[SourceConfig, ...] = ()
-    modalities: tuple[Literal["text", "image"], ...] = Field(
-        ("text", "image"), description="('text',) drops the pictures and keeps their BOI and EOI markers"
-    )
+    modalities: tuple[Literal["text", "image"], ...] = Field(("text", "image"), description="('text',) drops the pictures and keeps their BOI and EOI markers")
     tokenizer: TokenizerConfig = TokenizerConfig()
     image: ImageDataConfig = ImageDataConfig()
     sequence_length: int = Field(4096, ge=8, description="token budget of a packed sequence")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of text-then-image documents whose text is dropped, for guidance")
     document_mask: bool = Field(True, description="tokens see their own document only")
-    oversize: Literal["truncate", "drop"] = Field("truncate", description="documents longer than sequence_length")
+    mix_by: Literal["documents", "tokens"] = Field("documents", description="what the weights of the sources are shares of")
+    oversize: Literal["truncate", "drop", "split"] = Field(
+        "truncate", description="documents longer than sequence_length; split: into several, at the borders of texts and images"
+    )
     pack_window_documents: int = Field(1024, ge=1, description="documents that are packed together, best fit decreasing")
+    from_step: tuple[tuple[int, int], ...] = Field(
+        (), description="[[step, data step], ...]: from that step of the training on, the data of the data step on; to skip a loss spike"
+    )
     max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="stop when more than this share of documents is unreadable")
     num_workers: int = Field(1, ge=0, description="threads that build batches ahead; 0 builds them in the training loop")
     prefetch_batches: int = Field(4, ge=1)
@@ -147,6 +151,7 @@ class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1)
     resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; none; or a checkpoint folder")
+    accept_data_change: bool = Field(False, description="resume on other data than the checkpoint's; see data.from_step for where they begin")
 
 
 class EvaluateConfig(Section):

@@ -7,8 +7,9 @@ files must be there; a configuration can be checked without it on a machine that
 from __future__ import annotations
 
 import glob
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _images, _batch, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _images, _data_order, _batch, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -110,6 +111,27 @@ def _images(config: Config) -> Iterator[Problem]:
         yield Problem("model.image.unet_channels", f"{patcher.unet_channels} is no multiple of 8, the number of its normalisation groups")
     if config.objective.text_weight == 0 and config.objective.image_weight == 0:
         yield Problem("objective", "text_weight and image_weight are both 0, so there is nothing to learn")
+
+
+def _data_order(config: Config) -> Iterator[Problem]:
+    for index, source in enumerate(config.data.sources):
+        schedule = source.weight_schedule
+        if not _rises(schedule) or any(weight < 0 for _, weight in schedule):
+            yield Problem(
+                f"data.sources.{index}.weight_schedule",
+                f"{[list(entry) for entry in schedule]}: expected [[document, weight], ...] with rising documents and weights >= 0",
+            )
+    if not _rises(config.data.from_step) or any(target < 0 for _, target in config.data.from_step):
+        yield Problem(
+            "data.from_step",
+            f"{[list(entry) for entry in config.data.from_step]}: expected [[step, data step], ...] with rising steps, none below 0",
+        )
+
+
+def _rises(entries: Sequence[tuple[int, float]]) -> bool:
+    """Whether the first numbers of the entries rise from 0 or more."""
+    firsts = [-1, *(first for first, _ in entries)]
+    return all(before < after for before, after in itertools.pairwise(firsts))
 
 
 def _batch(config: Config) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,11 +36,20 @@ class Draws:
 
 @dataclass(frozen=True)
 class Place:
-    """A piece in a document: its number in the sample and how many of its tokens are kept (patches for images)."""
+    """A piece in a document: its number in the sample, how many of its tokens are kept (patches for images), and the first of them."""
 
     piece: int
     kind: int
     num_tokens: int
+    first_token: int = 0
+
+
+class Arrangement(NamedTuple):
+    """A document in numbers: places in reading order, length in tokens, and whether it ends before the sample does (and so has no EOS)."""
+
+    places: tuple[Place, ...]
+    num_tokens: int
+    cut: bool
 
 
 def draw(data: DataConfig, source: SourceConfig, key: tuple[int, ...], is_pair: bool, training: bool) -> Draws:
@@ -51,13 +61,12 @@ def draw(data: DataConfig, source: SourceConfig, key: tuple[int, ...], is_pair: 
     )
 
 
-def arrange(
-    kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: Draws, data: DataConfig, begins: bool
-) -> tuple[tuple[Place, ...], int, bool]:
-    """(places in reading order, length of the document in tokens, whether it was cut to `data.sequence_length`).
+def arrange(kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: Draws, data: DataConfig, begins: bool) -> tuple[Arrangement, ...]:
+    """The documents that a sample becomes: one, or several where `data.oversize: split` splits it, or none.
 
-    kinds and tokens: of the sample's pieces, in its own order; for images their patches. begins: the tokenizer has a BOS. No places are left
-    where the document opens with an image that does not fit.
+    kinds and tokens: of the sample's pieces, in its own order; for images their patches. begins: the tokenizer has a BOS. A document that is
+    too long is cut in a text or before an image, and what follows is left out or, with `split`, begins a new document; then a text is split
+    only if it is longer than a sequence. An image that is longer than a sequence ends the sample, so the last document may be cut.
     """
     order = list(range(len(kinds)))
     if is_pair and draws.image_first:
@@ -65,28 +74,66 @@ def arrange(
     images = [piece for piece in order if kinds[piece] == IMAGE_PIECE]
     if draws.drop_condition and len(images) == 1 and order[-1] == images[0]:
         order = images
-    with_patches = IMAGE.name in data.modalities
-    room = data.sequence_length - 1 - begins
-    places: list[Place] = []
+    arranger = _Arranger(data.sequence_length, begins, splits=data.oversize == "split")
     for piece in order:
-        is_image = kinds[piece] == IMAGE_PIECE
-        markers = MARKERS_PER_IMAGE if is_image else 0
-        wanted = 0 if is_image and not with_patches else tokens[piece]
-        if markers + wanted <= room:
-            places.append(Place(piece, kinds[piece], wanted))
-            room -= markers + wanted
-            continue
-        room += 1  # a document that is cut has no EOS
-        if not is_image:
-            places.append(Place(piece, kinds[piece], room))
-            room = 0
-        return tuple(places), data.sequence_length - room, True
-    return tuple(places), data.sequence_length - room, False
+        if kinds[piece] == IMAGE_PIECE:
+            goes_on = arranger.add_image(piece, tokens[piece] if IMAGE.name in data.modalities else 0)
+        else:
+            goes_on = arranger.add_text(piece, tokens[piece])
+        if not goes_on:
+            return arranger.finish(cut=True)
+    return arranger.finish(cut=False)
 
 
-def build_document(
-    sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef
-) -> Document:
+class _Arranger:
+    """Places pieces one after the other. `room`: tokens left in the document that is being filled, with one kept back for its EOS."""
+
+    def __init__(self, length: int, begins: bool, splits: bool) -> None:
+        self.length, self.splits, self.whole_room = length, splits, length - 1 - begins
+        self.room, self.places = self.whole_room, list[Place]()
+        self.done: list[Arrangement] = []
+
+    def add_image(self, piece: int, num_tokens: int) -> bool:
+        """False where the sample ends before this image."""
+        wanted = MARKERS_PER_IMAGE + num_tokens
+        if wanted > self.room and not (self.splits and wanted <= self.whole_room):
+            return False
+        if wanted > self.room:
+            self._close(cut=True)
+        self.places.append(Place(piece, IMAGE_PIECE, num_tokens))
+        self.room -= wanted
+        return True
+
+    def add_text(self, piece: int, num_tokens: int) -> bool:
+        """False where the sample ends within this text."""
+        if self.splits and self.room < num_tokens <= self.whole_room:
+            self._close(cut=True)
+        first = 0
+        while num_tokens - first > self.room:
+            # A document that is cut has no EOS, so one more fits; but the last token is not left over for a document without an EOS.
+            kept = self.room + (not self.splits or num_tokens - first > self.room + 1)
+            if kept:
+                self.places.append(Place(piece, TEXT_PIECE, kept, first))
+                self.room -= kept
+                first += kept
+            if not self.splits:
+                return False
+            self._close(cut=True)
+        self.places.append(Place(piece, TEXT_PIECE, num_tokens - first, first))
+        self.room -= num_tokens - first
+        return True
+
+    def finish(self, cut: bool) -> tuple[Arrangement, ...]:
+        self._close(cut)
+        return tuple(self.done)
+
+    def _close(self, cut: bool) -> None:
+        if self.places or not cut:
+            self.done.append(Arrangement(tuple(self.places), self.length - self.room - cut, cut))
+        self.room, self.places = self.whole_room, []
+
+
+def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef) -> Document:
     """The document that `places` describe, without EOS where it was cut. Raises BadSample when the bytes do not give what the index promised."""
     segments: list[Segment] = []
     text: list[int] = [] if tokenizer.begin_text_id is None else [tokenizer.begin_text_id]
@@ -95,7 +142,8 @@ def build_document(
         if place.kind == TEXT_PIECE:
             ids = tokenizer.encode(piece.text or "")
             # Only the last text of a document that was cut may be longer than its place.
-            kept = ids[: place.num_tokens] if cut and number == len(places) - 1 else ids
+            last = place.first_token + place.num_tokens if cut and number == len(places) - 1 else None
+            kept = ids[place.first_token : last]
             _require(len(kept) == place.num_tokens, "a text", len(ids), place.num_tokens)
             text += kept
             continue

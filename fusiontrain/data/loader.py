@@ -14,10 +14,12 @@ from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample, BadSampleLog
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import index_sources, member_reader
-from fusiontrain.data.plan import Anchor, Plan, PlannedDocument, PlannedSequence, check_world_size, fingerprint, plan_fields
+from fusiontrain.data.plan import Anchor, Plan, PlannedDocument, PlannedSequence, check_world_size
+from fusiontrain.data.plan_fields import fingerprint, plan_fields
 from fusiontrain.data.shards import OpenShards
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Batch, Document, PackedSequence
+from fusiontrain.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class LoaderState:
     """Where the data stand after `step` steps, and which data they are: the same on every rank.
 
     window, sequence: the plan's anchor, so that a resumed run need not plan from the start. epoch: of the first source, to look at.
+    data_step: the step of the data after the last one that was used; other than `step` only after a jump by `data.from_step`.
     """
 
     step: int
@@ -32,6 +35,7 @@ class LoaderState:
     fields: dict[str, str]
     window: int = 0
     sequence: int = 0
+    data_step: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,6 +78,11 @@ class Loader:
         its place. Raises UserError when too many are.
         """
         if isinstance(start, LoaderState):
+            if start.step and start.data_step != self.plan.data_step(start.step - 1) + 1:
+                raise UserError(
+                    f"data.from_step: step {start.step} was reached with data step {start.data_step - 1}, but this gives "
+                    f"{self.plan.data_step(start.step - 1)}; keep the entries that the run has passed and add later ones"
+                )
             self.plan.begin_at(Anchor(start.window, start.sequence))
             start = start.step
         build_all = self._build_in_turn if self.config.data.num_workers == 0 else self._build_ahead
@@ -97,9 +106,7 @@ class Loader:
         pool = ThreadPoolExecutor(data.num_workers, thread_name_prefix="loader")
         self._pools.append(pool)
         try:
-            waiting: deque[Future[tuple[Batch, ...] | None]] = deque(
-                pool.submit(self._build, step + ahead) for ahead in range(data.prefetch_batches)
-            )
+            waiting: deque[Future[tuple[Batch, ...] | None]] = deque(pool.submit(self._build, step + ahead) for ahead in range(data.prefetch_batches))
             step += data.prefetch_batches
             while (batches := waiting.popleft().result()) is not None:
                 waiting.append(pool.submit(self._build, step))
@@ -111,8 +118,10 @@ class Loader:
                 self._pools.remove(pool)
 
     def _state(self, step: int) -> LoaderState:
-        anchor = self.plan.anchor(step)
-        return LoaderState(step, self.plan.epoch(anchor), self.fields, anchor.window, anchor.sequence)
+        # Not the data step of the next step: after a jump that one may not have been planned yet, so ranks would differ.
+        data_step = self.plan.data_step(step - 1) + 1
+        anchor = self.plan.anchor(data_step)
+        return LoaderState(step, self.plan.epoch(anchor), self.fields, anchor.window, anchor.sequence, data_step)
 
     def _judge_index(self, quietly: bool) -> int:
         """The number of samples that indexing found unusable. Raises UserError when they are too many."""
@@ -124,6 +133,7 @@ class Loader:
         return log.bad
 
     def _build(self, step: int) -> tuple[Batch, ...] | None:
+        step = self.plan.data_step(step)
         if not self.plan.training and not self.plan.step(step):
             return None
         sequences = [self._read(sequence) for sequence in self.plan.share(step, self.rank, self.world_size)]

@@ -8,36 +8,43 @@ that takes time to find out, so an `Anchor` in the resume state keeps that.
 from __future__ import annotations
 
 import bisect
-import hashlib
-import heapq
-import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusiontrain.config.schema import Config, DataConfig
+import numpy as np
+
+from fusiontrain.config.schema import Config
+from fusiontrain.data.balance import balance
 from fusiontrain.data.documents import Place, arrange, draw
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.index import IMAGE_PIECE, IndexedSource
-from fusiontrain.data.mixture import Mixture, permutation
-from fusiontrain.data.modalities.image import grid_of
+from fusiontrain.data.lengths import mixed_source, one_pass, patches
+from fusiontrain.data.mixture import Mixture
 from fusiontrain.data.packing import best_fit_decreasing
+from fusiontrain.data.permutation import feistel
 from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.modality import IMAGE, TEXT
 from fusiontrain.utils.errors import UserError
 from fusiontrain.utils.keyed import hash_key
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
 CACHED_DOCUMENTS = 16_384
+PAIRS_PER_TOKEN = 24_576
+"""Attended pairs of tokens that cost as much as one image token's own weights do: 6 x the width of the model, of 4,096 here."""
+
 _WINDOW_DRAW, _NOISE_DRAW, _DOCUMENT_DRAW = 11, 12, 13
 
 
 @dataclass(frozen=True)
 class PlannedDocument:
-    """A document of a sequence: where it comes from, what of it is shown, and its size in tokens. cut: it was too long for a sequence."""
+    """A document of a sequence: where it comes from, what of it is shown, and its size in tokens.
+
+    part: 0, or its number among the documents that a sample was split into. cut: it ends before its sample does.
+    """
 
     source: int
     epoch: int
@@ -46,6 +53,7 @@ class PlannedDocument:
     cut: bool
     num_tokens: int
     image_tokens: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,16 @@ class PlannedSequence:
     def image_tokens(self) -> int:
         return sum(document.image_tokens for document in self.documents)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(document.num_tokens for document in self.documents)
+
+    @property
+    def cost(self) -> int:
+        """What ranks are balanced by, in image tokens: text tokens cost the same in every sequence, for padding is computed too."""
+        area = sum(document.num_tokens**2 for document in self.documents) // 2
+        return self.image_tokens + area // PAIRS_PER_TOKEN
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -70,21 +88,20 @@ class Anchor:
 
 
 class Plan:
-    """The plan of one split. Training goes on for ever; validation visits every document once, in order, without dropout.
+    """The plan of one split. Training goes on until every source is used up; validation visits every document once, in order, without dropout.
 
-    truncated, dropped: documents too long for a sequence; unfit: those whose latents the patches do not divide. Each visit counts.
+    truncated, dropped, split: samples too long for a sequence; unfit: those whose latents the patches do not divide. Each visit counts.
     """
 
     def __init__(self, config: Config, sources: Sequence[IndexedSource], tokenizer: Tokenizer, training: bool) -> None:
         self.data, self.seed, self.training = config.data, config.seed, training
         self.sources, self.begins = tuple(sources), tokenizer.begin_text_id is not None
         self.sequences_per_step = config.train.global_batch_sequences
-        weights = [source.config.weight for source in sources]
-        sizes = [len(source) for source in sources]
         # Validation sees each document once, so sources mix by their sizes.
-        self.mixture = Mixture(sizes, weights if training else sizes, self.seed, shuffle=training)
-        self.num_documents = None if training else sum(sizes)
-        self.truncated = self.dropped = self.unfit = 0
+        mixed = [mixed_source(source, config.data) if training else one_pass(len(source)) for source in sources]
+        self.mixture = Mixture(mixed, self.seed, shuffle=training)
+        self.num_documents = self.mixture.end
+        self.truncated = self.dropped = self.split = self.unfit = 0
         self._counted_windows: set[int] = set()
         self._first_window, self._first_sequence = 0, [0]  # first_sequence[i]: of window first_window + i
         self._cache: OrderedDict[int, list[tuple[PlannedDocument, ...]]] = OrderedDict()
@@ -93,25 +110,43 @@ class Plan:
             self._require_documents()
 
     def step(self, step: int) -> list[PlannedSequence]:
-        """The sequences of step 0, 1, ...; fewer than a full step, or none, only at the end of a validation split."""
+        """The sequences of step 0, 1, ...; fewer than a full step, or none, only at the end of a validation split.
+
+        Raises UserError where the sources of a training are used up.
+        """
         first = step * self.sequences_per_step
-        return [sequence for n in range(first, first + self.sequences_per_step) if (sequence := self._sequence(n)) is not None]
+        found = [sequence for n in range(first, first + self.sequences_per_step) if (sequence := self._sequence(n)) is not None]
+        if self.training and len(found) < self.sequences_per_step:
+            raise UserError(f"data.sources: all are used up before step {step + 1}; lower train.steps to {step} at most, or raise max_epochs of a source")
+        return found
 
     def share(self, step: int, rank: int, world_size: int) -> list[PlannedSequence]:
-        """A rank's sequences of a step, always the same number for every rank. The ranks get even numbers of image tokens.
+        """A rank's sequences of a step, always the same number for every rank. The ranks get even costs.
 
         Where a validation split ends inside the step, sequences without documents fill up.
         """
-        per_rank = self.sequences_per_step // world_size
-        shares: list[list[PlannedSequence]] = [[] for _ in range(world_size)]
-        lightest_first = [(0, r) for r in range(world_size)]  # (image tokens, rank) of the ranks with room
-        for sequence in sorted(self.step(step), key=lambda s: (-s.image_tokens, s.number)):
-            load, lightest = heapq.heappop(lightest_first)
-            shares[lightest].append(sequence)
-            if len(shares[lightest]) < per_rank:
-                heapq.heappush(lightest_first, (load + sequence.image_tokens, lightest))
-        mine = sorted(shares[rank], key=lambda s: s.number)
-        return mine + [PlannedSequence(-1, 0, ())] * (per_rank - len(mine))
+        return self.shares(step, world_size)[rank]
+
+    def counts(self, step: int, world_size: int) -> list[dict[str, int]]:
+        """The tokens of each rank in a step, per modality and as padding, in the order of the ranks; every rank knows them all."""
+        counts = []
+        for share in self.shares(step, world_size):
+            image, total = sum(s.image_tokens for s in share), sum(s.num_tokens for s in share)
+            counts.append({TEXT.name: total - image, IMAGE.name: image, "padding": len(share) * self.data.sequence_length - total})
+        return counts
+
+    def shares(self, step: int, world_size: int) -> list[list[PlannedSequence]]:
+        """The sequences of every rank, in the order of the ranks."""
+        sequences = self.step(step)
+        sequences += [PlannedSequence(-1, 0, ())] * (self.sequences_per_step - len(sequences))
+        return [[sequences[i] for i in share] for share in balance([s.cost for s in sequences], world_size)]
+
+    def data_step(self, step: int) -> int:
+        """The step of the data that a step of the training uses: the same, but for `data.from_step`."""
+        for first, target in reversed(self.data.from_step if self.training else ()):
+            if step >= first:
+                return target + step - first
+        return step
 
     def anchor(self, step: int) -> Anchor:
         """Where planning may begin in order to reach `step`, whose predecessor has been planned. The same on every rank."""
@@ -124,6 +159,14 @@ class Plan:
                 return Anchor()
             return Anchor(self._first_window + place, self._first_sequence[place])
 
+    def place(self, step: int) -> int:
+        """About how many documents of the mixed stream the steps before `step` have used; all of them have been planned."""
+        anchor = self.anchor(step)
+        with self._lock:
+            packed = self._pack(anchor.window)
+        inside = (step * self.sequences_per_step - anchor.sequence) / max(1, len(packed))
+        return round((anchor.window + inside) * self.data.pack_window_documents)
+
     def begin_at(self, anchor: Anchor) -> None:
         """Forget the windows before an anchor that this very plan gave, perhaps in another process. Earlier steps can still be asked for."""
         with self._lock:
@@ -131,17 +174,19 @@ class Plan:
 
     def epoch(self, anchor: Anchor) -> int:
         """How often the first source has been gone through at an anchor; never decreases from step to step."""
-        return self.mixture.given(0, anchor.window * self.data.pack_window_documents) // self.mixture.sizes[0]
+        return self.mixture.given(0, anchor.window * self.data.pack_window_documents) // len(self.sources[0])
 
     def _require_documents(self) -> None:
         """Raises UserError unless some document is fit for a sequence, for such a plan would look for its first sequence for ever."""
-        places = max(-(-size // share) for size, share in zip(self.mixture.sizes, self.mixture.shares, strict=True))
-        for window in range(int(places) // self.data.pack_window_documents + 1):
+        window = 0
+        while not self._is_past_the_end(window):
+            first = window * self.data.pack_window_documents
+            if all(self.mixture.given(n, first) >= len(source) for n, source in enumerate(self.sources)):
+                break
             if self._pack(window):
                 return
-        raise UserError(
-            f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate"
-        )
+            window += 1
+        raise UserError(f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate")
 
     def _sequence(self, number: int) -> PlannedSequence | None:
         with self._lock:
@@ -172,15 +217,14 @@ class Plan:
         first, count = window * self.data.pack_window_documents, self.data.pack_window_documents
         if self.num_documents is not None:
             count = max(0, min(count, self.num_documents - first))
-        planned = [self._plan(window, *document) for document in self.mixture.window(first, count)]
-        documents = [document for document in planned if document is not None]
+        documents = [part for document in self.mixture.window(first, count) for part in self._plan(window, *document)]
         self._counted_windows.add(window)  # from here on a repetition of the window's packing counts nothing
         groups = best_fit_decreasing([document.num_tokens for document in documents], self.data.sequence_length)
-        order = permutation(len(groups), self.seed, window, _WINDOW_DRAW)
+        order = feistel(np.arange(len(groups)), len(groups), self.seed, window, _WINDOW_DRAW)
         return [tuple(documents[i] for i in groups[g]) for g in order]
 
-    def _plan(self, window: int, source_number: int, epoch: int, sample: int) -> PlannedDocument | None:
-        """A document of a window as the index knows it; None for one that is left out, which is counted."""
+    def _plan(self, window: int, source_number: int, epoch: int, sample: int) -> list[PlannedDocument]:
+        """The documents that a sample of a window becomes, as the index knows it; none where it is left out, which is counted."""
         source = self.sources[source_number]
         shard, row = source.locate(sample)
         index = source.indexes[shard]
@@ -198,21 +242,22 @@ class Plan:
             if first_visit:
                 logger.warning("left out %s: %s", source.ref(sample), error)
             self.unfit += first_visit
-            return None
+            return []
         draws = draw(self.data, source.config, (self.seed, epoch, source_number, sample, _DOCUMENT_DRAW), is_pair, self.training)
-        places, length, cut = arrange(kinds, tokens, is_pair, draws, self.data, self.begins)
-        if cut and (self.data.oversize == "drop" or not places):
+        parts = arrange(kinds, tokens, is_pair, draws, self.data, self.begins)
+        cut = not parts or parts[-1].cut
+        if not parts or (cut and self.data.oversize == "drop"):
             self.dropped += first_visit
-            return None
+            return []
         self.truncated += cut and first_visit
-        image_tokens = sum(place.num_tokens for place in places if place.kind == IMAGE_PIECE)
-        return PlannedDocument(source_number, epoch, sample, places, cut, length, image_tokens)
-
-
-def patches(height: int, width: int, data: DataConfig) -> int:
-    """Tokens of an image of that size."""
-    rows, columns = grid_of(height, width, data.image)
-    return rows * columns
+        self.split += len(parts) > 1 and first_visit
+        return [
+            PlannedDocument(
+                source_number, epoch, sample, part.places, part.cut, part.num_tokens,
+                sum(place.num_tokens for place in part.places if place.kind == IMAGE_PIECE), number,
+            )
+            for number, part in enumerate(parts)
+        ]  # fmt: skip
 
 
 def check_world_size(sequences_per_step: int, world_size: int) -> None:
@@ -223,40 +268,3 @@ def check_world_size(sequences_per_step: int, world_size: int) -> None:
         raise UserError(
             f"train.global_batch_sequences={sequences_per_step}: {world_size} ranks cannot share it evenly; nearest sizes that they can: {', '.join(near)}"
         )
-
-
-def plan_fields(config: Config, sources: Sequence[IndexedSource], tokenizer: Tokenizer) -> dict[str, str]:
-    """What the order of the data depends on, by name: two runs see the same data exactly where these are equal."""
-    data = config.data
-    return {
-        "plan version": str(VERSION),
-        "seed": str(config.seed),
-        "train.global_batch_sequences": str(config.train.global_batch_sequences),
-        "data.sequence_length": str(data.sequence_length),
-        "data.modalities": ",".join(data.modalities),
-        "data.image": data.image.model_dump_json(),
-        "data.condition_dropout": repr(data.condition_dropout),
-        "data.oversize": data.oversize,
-        "data.document_mask": str(data.document_mask),
-        "data.pack_window_documents": str(data.pack_window_documents),
-        "data.tokenizer": tokenizer.fingerprint,
-        **{f"data.sources.{source.number}.{name}": value for source in sources for name, value in _source_fields(source).items()},
-    }
-
-
-def fingerprint(fields: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _source_fields(source: IndexedSource) -> dict[str, str]:
-    """The mixing policy and the content of the index; the path may change, the samples may not."""
-    digest = hashlib.sha256()
-    for index in source.indexes:
-        for array in (index.keys, index.is_pair, index.piece_start, index.kinds, index.tokens, index.heights, index.widths, index.sizes):
-            digest.update(array.tobytes())
-    config = source.config
-    return {
-        "weight": repr(config.weight),
-        "image_first_probability": repr(config.image_first_probability),
-        "samples": digest.hexdigest(),
-    }

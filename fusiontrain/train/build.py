@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,7 @@ def check_config(config: Config, world_size: int) -> None:
     mesh_shape(config.parallel, world_size)
     sequences, micro = config.train.global_batch_sequences, config.train.micro_batch_sequences or 1
     if sequences % (world_size * micro):
-        problems.append(
-            f"train.global_batch_sequences={sequences}: must be a multiple of ranks x micro_batch_sequences = {world_size} x {micro}"
-        )
+        problems.append(f"train.global_batch_sequences={sequences}: must be a multiple of ranks x micro_batch_sequences = {world_size} x {micro}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -95,8 +94,9 @@ def resume(
         try:
             manifest = read_manifest(checkpoint)
             require_same_model(manifest["model"], identity, checkpoint)
-            require_same_data(manifest["state"]["data"], data_fields, checkpoint)
-            state = load_checkpoint(checkpoint, tensors, ranks)
+            if not config.checkpoint.accept_data_change:
+                require_same_data(manifest["state"]["data"], data_fields, checkpoint)
+            state = on_these_data(load_checkpoint(checkpoint, tensors, ranks), data_fields)
         except DamagedCheckpoint as error:
             logger.warning("passed over %s", error)
             passed_over.append(str(error))
@@ -118,8 +118,18 @@ def require_same_data(saved: Mapping[str, Any], fields: Mapping[str, str], check
         if before.get(name) != fields.get(name):
             raise UserError(
                 f"{checkpoint}: was trained on other data, or on the same in another order: {name} differs; restore it as in the "
-                f"checkpoint's {CONFIG}, or start anew with another run.dir"
+                f"checkpoint's {CONFIG}, or accept the other data with checkpoint.accept_data_change=true, or start anew with another run.dir"
             )
+
+
+def on_these_data(state: TrainState, fields: dict[str, str]) -> TrainState:
+    """The state with its place in other data than it was saved with, whose windows are elsewhere; as it is where the data are the same."""
+    before = state.data.get("fields", {})
+    changed = [name for name in sorted({*before, *fields}) if before.get(name) != fields.get(name)]
+    if not changed:
+        return state
+    logger.warning("from step %d on the data are others: %s", state.step, ", ".join(changed))
+    return replace(state, data={**state.data, "fields": fields, "window": 0, "sequence": 0})
 
 
 def open_run_folder(config: Config, step: int) -> MetricsWriter:

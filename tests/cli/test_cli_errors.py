@@ -118,6 +118,24 @@ def test_a_checkpoint_of_another_model(config_file, capsys):
     assert "ffn_dim" in said
     said = fails_with(capsys, "train", config_file, "run.dir=two", "data.sequence_length=128", "--resume", "one/checkpoints/step-00000002")
     assert "data.sequence_length" in said
+    other = ["data.sequence_length=128", "data.oversize=split", "train.steps=4", "run.dir=two", "data.from_step=[[2,0]]"]
+    assert main(["train", config_file, *other, "checkpoint.accept_data_change=true", "--resume", "one/checkpoints/step-00000002"]) == 0
+    assert main(["train", config_file, *other, "train.steps=5"]) == 0, "from then on the other data are the run's own"
+
+
+def test_a_schedule_or_a_jump_out_of_order(config_file, capsys):
+    assert "data.from_step" in fails_with(capsys, "config", "check", config_file, "data.from_step=[[5,1],[3,2]]")
+    sources = "data.sources=[{path: shards, weight_schedule: [[9,1],[3,2]]}]"
+    assert "data.sources.0.weight_schedule" in fails_with(capsys, "config", "check", config_file, sources)
+
+
+def test_peek_and_plan_refuse_what_makes_no_sense(config_file, capsys, tmp_path):
+    assert main(["data", "peek", config_file, "--step", "2", "--out", str(tmp_path / "seen")]) == 0
+    capsys.readouterr()
+    assert (tmp_path / "seen" / "sources.json").is_file()
+    assert "steps count from 1" in fails_with(capsys, "data", "peek", config_file, "--step", "0")
+    assert "at least 1" in fails_with(capsys, "data", "plan", config_file, "--steps", "0")
+    assert "cannot share it evenly" in fails_with(capsys, "data", "plan", config_file, "--world-size", "7")
 
 
 def test_json_commands_print_one_document(config_file, capsys):

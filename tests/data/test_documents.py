@@ -35,7 +35,7 @@ def built(members, draws=AS_IT_IS, kind="auto", **overrides):
     sample = read_sample(kind, members, members.__getitem__, latents)
     kinds = [IMAGE_PIECE if piece.image else TEXT_PIECE for piece in sample.pieces]
     tokens = [4 if piece.image else len(tokenizer.encode(piece.text)) for piece in sample.pieces]
-    places, length, cut = arrange(kinds, tokens, sample.is_pair, draws, config.data, tokenizer.begin_text_id is not None)
+    ((places, length, cut),) = arrange(kinds, tokens, sample.is_pair, draws, config.data, tokenizer.begin_text_id is not None)
     document = build_document(sample, members.__getitem__, places, cut, config.data, tokenizer, SOURCE)
     assert document.num_tokens == length
     return document

@@ -10,13 +10,14 @@ import itertools
 import json
 import os
 import threading
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fusiontrain.data.loader import Loader, LoaderState
-from fusiontrain.data.mixture import Mixture, permutation
+from fusiontrain.data.mixture import MixedSource, Mixture
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards
@@ -26,9 +27,7 @@ SETTINGS = {"train.global_batch_sequences": 4, "data.pack_window_documents": 16}
 
 
 def make_loader(source, split="train", rank=0, world_size=1, **overrides):
-    config = tiny_config(
-        {**SETTINGS, "data.sources": [{"path": source}], "data.validation_sources": [{"path": source}], **overrides}
-    )
+    config = tiny_config({**SETTINGS, "data.sources": [{"path": source}], "data.validation_sources": [{"path": source}], **overrides})
     return Loader(config, load_tokenizer(config), split, rank, world_size)
 
 
@@ -53,15 +52,15 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"), shards=2, samples=12)
 
 
-def test_a_permutation_is_a_function_of_its_key():
-    assert sorted(permutation(1000, 1, 2)) == list(range(1000))
-    assert np.array_equal(permutation(50, 3), permutation(50, 3))
-    assert not np.array_equal(permutation(50, 3), permutation(50, 4))
-    assert permutation(10, 0).tolist() == [5, 7, 1, 2, 9, 3, 6, 0, 4, 8], "the order of existing runs must never change"
+def mix(sizes, weights, shuffle=False, max_epochs=None):
+    """A mixture of constant weights."""
+    limits = max_epochs or [None] * len(sizes)
+    sources = [MixedSource(size, ((0, Fraction(str(weight))),), limit) for size, weight, limit in zip(sizes, weights, limits, strict=True)]
+    return Mixture(sources, seed=1, shuffle=shuffle)
 
 
 def test_a_mixture_gives_exact_shares_and_every_document_once_per_epoch():
-    mixture = Mixture([7, 5, 11], [3.0, 1.0, 0.5], seed=1, shuffle=True)
+    mixture = mix([7, 5, 11], [3.0, 1.0, 0.5], shuffle=True)
     stream = [document for window in range(60) for document in mixture.window(window * 9, 9)]
     count = collections.Counter(source for source, _, _ in stream)
     assert [count[s] for s in range(3)] == [540 * 6 // 9, 540 * 2 // 9, 540 * 1 // 9]
@@ -78,7 +77,7 @@ def test_a_mixture_gives_exact_shares_and_every_document_once_per_epoch():
 @pytest.mark.parametrize("weights", [[1.0] * 50 + [1e-5], [1.0, 1.0, 1.0], [0.1, 0.2, 1e-9], [0.3331, 1.0]], ids=["rare", "thirds", "never", "uneven"])
 @pytest.mark.parametrize("width", [1, 7, 1024])
 def test_no_source_of_a_mixture_ever_goes_back(weights, width):
-    mixture = Mixture([10**6] * len(weights), weights, seed=0, shuffle=False)
+    mixture = mix([10**6] * len(weights), weights)
     stream = [document for window in range(20) for document in mixture.window(window * width, width)]
     for source, weight in enumerate(weights):
         samples = [sample for s, _, sample in stream if s == source]
@@ -173,7 +172,7 @@ def test_state_names_what_changed(shards):
     assert loader.fingerprint != other.fingerprint
     assert make_loader(shards, rank=1, world_size=2).fingerprint == loader.fingerprint
     _, state = next(iter(loader.iterate(6)))
-    assert state.to_dict() == {"step": 7, "epoch": 2, "fields": loader.fields, "window": 4, "sequence": 24}
+    assert state.to_dict() == {"step": 7, "epoch": 2, "fields": loader.fields, "window": 4, "sequence": 24, "data_step": 7}
     weighted = make_loader(shards, **{"data.sources": [{"path": shards, "weight": 2.0}]})
     assert {name for name in loader.fields if loader.fields[name] != weighted.fields[name]} == {"data.sources.0.weight"}
 

@@ -1,0 +1,53 @@
+"""Lengths of whole sources, from the index alone and without a loop over documents."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+from fusiontrain.config.schema import DataConfig
+from fusiontrain.data.documents import MARKERS_PER_IMAGE
+from fusiontrain.data.errors import BadSample
+from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
+from fusiontrain.data.mixture import MixedSource
+from fusiontrain.data.modalities.image import grid_of
+from fusiontrain.modality import IMAGE
+
+
+def patches(height: int, width: int, data: DataConfig) -> int:
+    """Tokens of an image of that size. Raises BadSample where patches do not divide it."""
+    rows, columns = grid_of(height, width, data.image)
+    return rows * columns
+
+
+def mixed_source(source: IndexedSource, data: DataConfig) -> MixedSource:
+    """The source's size, weights and limit for a training. With `data.mix_by: tokens` a weight is divided by the mean length of a document."""
+    config = source.config
+    scale = Fraction(1)
+    if data.mix_by == "tokens":
+        scale = Fraction(len(source), sum(num_tokens(index, data) for index in source.indexes))
+    schedule = ((0, config.weight), *config.weight_schedule)
+    # 0.1 is a tenth, not the float nearest to it. Where the schedule begins at 0 it replaces the weight.
+    weights = {place: Fraction(str(weight)) * scale for place, weight in schedule}
+    return MixedSource(len(source), tuple(weights.items()), config.max_epochs)
+
+
+def one_pass(size: int) -> MixedSource:
+    """A source of a validation: mixed by its size, so that all end together."""
+    return MixedSource(size, ((0, Fraction(size)),), 1)
+
+
+def num_tokens(index: ShardIndex, data: DataConfig) -> int:
+    """Tokens of a shard's documents with their markers (BOS and EOS each count one), before any dropout or cut. An image without a grid has none."""
+    is_image = index.kinds == IMAGE_PIECE
+    total = int(index.tokens[~is_image].sum(dtype=np.int64)) + MARKERS_PER_IMAGE * int(is_image.sum()) + 2 * len(index)
+    if IMAGE.name not in data.modalities:
+        return total
+    sizes, counts = np.unique(np.stack([index.heights[is_image], index.widths[is_image]]), axis=1, return_counts=True)
+    for (height, width), count in zip(sizes.T.tolist(), counts.tolist(), strict=True):
+        try:
+            total += count * patches(height, width, data)
+        except BadSample:
+            continue  # such documents are left out and counted as unfit
+    return total

@@ -1,0 +1,53 @@
+"""What the order of the data depends on, by name: a resumed run compares these with those of its checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from fusiontrain.config.schema import Config
+from fusiontrain.data.index import IndexedSource
+from fusiontrain.data.tokenizer import Tokenizer
+
+VERSION = 3
+
+
+def plan_fields(config: Config, sources: Sequence[IndexedSource], tokenizer: Tokenizer) -> dict[str, str]:
+    """What the order of the data depends on, by name: two runs see the same data exactly where these are equal."""
+    data = config.data
+    return {
+        "plan version": str(VERSION),
+        "seed": str(config.seed),
+        "train.global_batch_sequences": str(config.train.global_batch_sequences),
+        "data.sequence_length": str(data.sequence_length),
+        "data.modalities": ",".join(data.modalities),
+        "data.image": data.image.model_dump_json(),
+        "data.condition_dropout": repr(data.condition_dropout),
+        "data.oversize": data.oversize,
+        "data.mix_by": data.mix_by,
+        "data.document_mask": str(data.document_mask),
+        "data.pack_window_documents": str(data.pack_window_documents),
+        "data.tokenizer": tokenizer.fingerprint,
+        **{f"data.sources.{source.number}.{name}": value for source in sources for name, value in _source_fields(source).items()},
+    }
+
+
+def fingerprint(fields: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _source_fields(source: IndexedSource) -> dict[str, str]:
+    """The mixing policy and the content of the index; the path may change, the samples may not."""
+    digest = hashlib.sha256()
+    for index in source.indexes:
+        for array in (index.keys, index.is_pair, index.piece_start, index.kinds, index.tokens, index.heights, index.widths, index.sizes):
+            digest.update(array.tobytes())
+    config = source.config
+    return {
+        "weight": repr(config.weight),
+        "weight_schedule": repr(config.weight_schedule),
+        "max_epochs": str(config.max_epochs),
+        "image_first_probability": repr(config.image_first_probability),
+        "samples": digest.hexdigest(),
+    }
