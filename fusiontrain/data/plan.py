@@ -139,9 +139,7 @@ class Plan:
         for window in range(int(places) // self.data.pack_window_documents + 1):
             if self._pack(window):
                 return
-        raise UserError(
-            f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate"
-        )
+        raise UserError(f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate")
 
     def _sequence(self, number: int) -> PlannedSequence | None:
         with self._lock:
@@ -191,7 +189,7 @@ class Plan:
             tokens = [
                 patches(height, width, self.data) if kind == IMAGE_PIECE else count
                 for kind, count, height, width in zip(
-                    kinds, index.tokens[pieces].tolist(), index.heights[pieces].tolist(), index.widths[pieces].tolist(), strict=True
+                    kinds, source.tokens[shard].counts[pieces].tolist(), index.heights[pieces].tolist(), index.widths[pieces].tolist(), strict=True
                 )
             ]
         except BadSample as error:
@@ -251,8 +249,9 @@ def fingerprint(fields: dict[str, str]) -> str:
 def _source_fields(source: IndexedSource) -> dict[str, str]:
     """The mixing policy and the content of the index; the path may change, the samples may not."""
     digest = hashlib.sha256()
-    for index in source.indexes:
-        for array in (index.keys, index.is_pair, index.piece_start, index.kinds, index.tokens, index.heights, index.widths, index.sizes):
+    for index, tokens in zip(source.indexes, source.tokens, strict=True):
+        lengths = (index.piece_start, index.kinds, tokens.counts, index.heights, index.widths)
+        for array in (index.key_start, index.key_bytes, index.is_pair, *lengths, index.sizes, index.crcs):
             digest.update(array.tobytes())
     config = source.config
     return {

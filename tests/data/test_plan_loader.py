@@ -24,9 +24,7 @@ SETTINGS = {"train.global_batch_sequences": 4, "data.pack_window_documents": 16}
 
 
 def make_loader(source, split="train", rank=0, world_size=1, **overrides):
-    config = tiny_config(
-        {**SETTINGS, "data.sources": [{"path": source}], "data.validation_sources": [{"path": source}], **overrides}
-    )
+    config = tiny_config({**SETTINGS, "data.sources": [{"path": source}], "data.validation_sources": [{"path": source}], **overrides})
     return Loader(config, load_tokenizer(config), split, rank, world_size)
 
 
@@ -320,7 +318,8 @@ def test_bad_samples_of_the_index_are_counted_once_and_judged_by_all_ranks(tmp_p
 
 
 def test_many_sound_samples_in_the_index_do_not_excuse_bad_reads(tmp_path):
-    write_shard(tmp_path / "x.tar", mixed_samples(200))
+    with_images = [members for members in mixed_samples(200) if len(members) > 1]  # texts come from the token cache
+    write_shard(tmp_path / "x.tar", with_images)
     loader = make_loader(str(tmp_path), **{"data.max_bad_fraction": 0.5})
     (tmp_path / "x.tar").write_bytes(bytes((tmp_path / "x.tar").stat().st_size))
     with pytest.raises(UserError, match=r"^10 of 10 samples are unreadable"):
