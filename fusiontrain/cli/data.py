@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar, a folder of tars, a glob, or a brace range")
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
+    index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
     inspect.add_argument("--sample", type=int, default=0, help="number of the sample (default: 0)")
     plan = actions.add_parser("plan", help="what the first steps of a training will hold: no sample is read")
     add_config_arguments(plan)
@@ -68,15 +69,18 @@ def _indexed(args: argparse.Namespace) -> list[tuple[Path, Any, int | None]]:
 
 
 def _index(args: argparse.Namespace) -> dict[str, Any]:
+    from fusiontrain.data.exclude import exclude, read_exclusions
     from fusiontrain.data.index import IMAGE_PIECE
 
     indexed = _indexed(args)
+    excluded = exclude([shard for shard, *_ in indexed], read_exclusions(Path(args.exclude)) if args.exclude else {})
     indexes = [index for _, index, _ in indexed]
     tokens = [count for *_, count in indexed if count is not None]
     return {
         "shards": len(indexes),
         "samples": sum(map(len, indexes)),
         "unusable samples": sum(len(index.bad) for index in indexes),
+        "excluded samples": excluded,
         "images": sum(int((index.kinds == IMAGE_PIECE).sum()) for index in indexes),
         "text bytes": sum(int(index.text_bytes.sum()) for index in indexes),
         **({"text tokens": sum(tokens)} if tokens else {}),

@@ -76,13 +76,17 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class IndexedSource:
-    """A source of the config with the indexes and token caches of its shards. `starts` [shards + 1]: number of the first sample of each."""
+    """A source of the config with the indexes and token caches of its shards.
+
+    rows: of each shard, the samples of its index that are not excluded, [k] int32. starts [shards + 1]: number of the first of them.
+    """
 
     config: SourceConfig
     number: int
     shards: tuple[Path, ...]
     indexes: tuple[ShardIndex, ...]
     tokens: tuple[TokenCache, ...]
+    rows: tuple[np.ndarray, ...]
     starts: np.ndarray
 
     def __len__(self) -> int:
@@ -91,7 +95,7 @@ class IndexedSource:
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, sample in the shard's index) of the source's sample of that number."""
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return shard, sample - int(self.starts[shard])
+        return shard, int(self.rows[shard][sample - int(self.starts[shard])])
 
     def ref(self, sample: int) -> SourceRef:
         shard, row = self.locate(sample)

@@ -10,8 +10,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
@@ -21,8 +19,10 @@ import numpy as np
 
 from fusiontrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from fusiontrain.data.array_file import read_arrays, read_entries, write_arrays
+from fusiontrain.data.exclude import kept_rows
 from fusiontrain.data.index import IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
+from fusiontrain.data.index_folder import index_folders
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.data.tokenizer import Tokenizer, tokenizer_at
@@ -31,7 +31,6 @@ from fusiontrain.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 VERSION = 3
-FOLDER = ".fusiontrain-index"
 INDEX, TOKENS = "index", "tokens"
 TABLES = "tables"  # what of an index is not an array: its suffixes and bad samples, as JSON
 
@@ -44,8 +43,9 @@ def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: 
         shards = tuple(expand_shards(config.path))
         indexes = tuple(index_shard(shard, config.format, latents) for shard in shards)
         tokens = tuple(tokens_of_shard(shard, index, config.format, latents, tokenizer) for shard, index in zip(shards, indexes, strict=True))
-        starts = np.concatenate([[0], np.cumsum([len(index) for index in indexes])])
-        source = IndexedSource(config, number, shards, indexes, tokens, starts)
+        rows = tuple(kept_rows(shard, index) for shard, index in zip(shards, indexes, strict=True))
+        starts = np.concatenate([[0], np.cumsum([len(kept) for kept in rows])])
+        source = IndexedSource(config, number, shards, indexes, tokens, rows, starts)
         if not len(source):
             bad = source.bad()
             why = f"; the first of {len(bad)} unusable samples is {bad[0][0]}: {bad[0][1]}" if bad else ""
@@ -57,7 +57,7 @@ def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: 
 def index_shard(shard: Path, kind: str, latents: bool) -> ShardIndex:
     """The index of one shard, read from the cache or built and kept there. Raises UserError when the tar is damaged."""
     name = _name(shard, INDEX, kind, latents)
-    for folder in _folders(shard):
+    for folder in index_folders(shard):
         entries = read_entries(folder / name)
         if entries is not None:
             arrays = read_arrays(folder / name, entries)
@@ -73,15 +73,15 @@ def index_shard(shard: Path, kind: str, latents: bool) -> ShardIndex:
 def tokens_of_shard(shard: Path, index: ShardIndex, kind: str, latents: bool, tokenizer: Tokenizer) -> TokenCache:
     """The token ids of an indexed shard, from the cache or tokenised and kept there. Raises UserError where they cannot be kept."""
     name = _name(shard, TOKENS, kind, latents, tokenizer.fingerprint)
-    for folder in _folders(shard):
+    for folder in index_folders(shard):
         path = folder / name
         entries = read_entries(path)
         if entries is not None:
             return _open_tokens(path)
-    path = _keep(shard, name, build_tokens(shard, index, kind, latents, tokenizer))
-    if path is None:
-        raise UserError(f"{shard}: its token ids can be kept in neither of {', '.join(map(str, _folders(shard)))}; make room in one of them")
-    return _open_tokens(path)
+    kept = _keep(shard, name, build_tokens(shard, index, kind, latents, tokenizer))
+    if kept is None:
+        raise UserError(f"{shard}: its token ids can be kept in neither of {', '.join(map(str, index_folders(shard)))}; make room in one of them")
+    return _open_tokens(kept)
 
 
 def build_all(
@@ -125,14 +125,9 @@ def _name(shard: Path, what: str, *depends_on: object) -> str:
     return f"{shard.stem}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.{what}"
 
 
-def _folders(shard: Path) -> tuple[Path, Path]:
-    where = hashlib.sha256(os.fsencode(shard.parent.resolve())).hexdigest()[:16]
-    return shard.parent / FOLDER, Path(tempfile.gettempdir()) / f"fusiontrain-index-{os.getuid()}" / where
-
-
 def _keep(shard: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Path | None:
     """The path of the file written; None where no folder takes it."""
-    for folder in _folders(shard):
+    for folder in index_folders(shard):
         try:
             write_arrays(folder / name, arrays)
             return folder / name
