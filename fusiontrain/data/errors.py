@@ -40,4 +40,6 @@ class BadSampleLog:
         if not quietly:
             logger.warning("skipped %s: %s", source, reason)
         if (bad >= FEWEST_BAD_TO_STOP or not self.max_bad_fraction) and bad > self.max_bad_fraction * tried:
-            raise UserError(f"{bad} of {tried} samples are unreadable, the last being {source}: {reason}; mend the shards or raise data.max_bad_fraction")
+            raise UserError(
+                f"{bad} of {tried} samples are unreadable, the last being {source}: {reason}; mend the shards or raise data.max_bad_fraction"
+            )

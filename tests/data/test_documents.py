@@ -172,7 +172,9 @@ def test_damaged_latents_are_bad_samples(data):
         built({"txt": b"ab", "latent.npy": data}, **LATENTS)
 
 
-@pytest.mark.parametrize(("members", "settings"), [({"txt": b"ab", "png": png(0)}, LATENTS), ({"txt": b"ab", "latent.npy": npy(np.ones((4, 4, 4)))}, {})])
+@pytest.mark.parametrize(
+    ("members", "settings"), [({"txt": b"ab", "png": png(0)}, LATENTS), ({"txt": b"ab", "latent.npy": npy(np.ones((4, 4, 4)))}, {})]
+)
 def test_a_pair_whose_image_is_there_in_the_other_form_is_no_text(members, settings):
     with pytest.raises(BadSample, match=r"but data\.image\.representation="):
         built(members, **settings)

@@ -79,7 +79,11 @@ def test_intervals_on_random_layouts(seed, count, document_mask):
 def test_any_slicing_that_keeps_order_gives_intervals(seed):
     """Not only two slices: rows spread over four, as a model with frozen, live, clean and noised slices would have them."""
     random = np.random.default_rng(seed)
-    rows = [(doc, order, 100 * doc + order // 3 if (order // 3) % 2 else -1) for doc in range(random.integers(1, 5)) for order in range(random.integers(1, 12))]
+    rows = [
+        (doc, order, 100 * doc + order // 3 if (order // 3) % 2 else -1)
+        for doc in range(random.integers(1, 5))
+        for order in range(random.integers(1, 12))
+    ]
     home = random.integers(0, 4, len(rows))
     ordered = sorted(range(len(rows)), key=lambda i: (home[i], i))
     doc, order, segment = (np.array([rows[i][column] for i in ordered]) for column in range(3))
