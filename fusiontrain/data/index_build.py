@@ -21,6 +21,9 @@ from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+MOST_SUFFIXES = (1 << 16) - 1
+"""What uint16 numbers in `ShardIndex.suffix_ids` can tell apart."""
+
 
 def build_index(shard: Path, kind: str, latents: bool) -> ShardIndex:
     """Walk a shard and measure every sample. Raises UserError when the tar itself is damaged; a bad sample only becomes an entry."""
@@ -89,8 +92,8 @@ class _Builder:
         self.pieces += pieces
         for suffix, member in sample.members.items():
             self.members.append((self.suffixes.setdefault(suffix, len(self.suffixes)), member.offset, member.size, zlib.crc32(data[suffix])))
-        if len(self.suffixes) > np.iinfo(np.uint16).max:
-            raise UserError(f"sample {sample.key!r}: more than 65,535 different suffixes in a shard; name the members of every sample alike")
+        if len(self.suffixes) > MOST_SUFFIXES:
+            raise UserError(f"sample {sample.key!r}: more than {MOST_SUFFIXES} different suffixes in its shard; name the members of every sample alike")
         self.samples.append((number, sample.key.encode(), parsed.is_pair, len(pieces), len(sample.members)))
 
     def finish(self) -> ShardIndex:

@@ -24,7 +24,9 @@ SETTINGS = {"train.global_batch_sequences": 4, "data.pack_window_documents": 16}
 
 
 def make_loader(source, split="train", rank=0, world_size=1, **overrides):
-    config = tiny_config({**SETTINGS, "data.sources": [{"path": source}], "data.validation_sources": [{"path": source}], **overrides})
+    config = tiny_config(
+        {**SETTINGS, "data.sources": [{"path": source}], "data.validation_sources": [{"path": source}], **overrides}
+    )
     return Loader(config, load_tokenizer(config), split, rank, world_size)
 
 
