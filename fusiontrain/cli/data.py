@@ -19,11 +19,13 @@ def add_parser(subparsers: Any) -> None:
     world.add_argument("--documents", type=int, default=2000)
     world.add_argument("--seed", type=int, default=0)
     index = actions.add_parser("index", help="index shards (kept beside them) and count what is in them")
-    verify = actions.add_parser("verify", help="read every sample; exit 2 if a shard is damaged or a sample unusable")
+    verify = actions.add_parser("verify", help="read every member and compare its CRC32, decode every image; exit 2 on damage")
     inspect = actions.add_parser("inspect", help="show one sample as text")
     for parser in (index, verify, inspect):
         parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar, a folder of tars, a glob, or a brace range")
-        parser.add_argument("--tokenizer", default="bytes", help="folder or tokenizer.json to count text tokens with (default: bytes)")
+        parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
+        parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
+    index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
     inspect.add_argument("--sample", type=int, default=0, help="number of the sample (default: 0)")
     plan = actions.add_parser("plan", help="what the first steps of a training will hold: no sample is read")
     add_config_arguments(plan)
@@ -57,63 +59,57 @@ def _make_world(args: argparse.Namespace) -> dict[str, Any]:
     return {"world": args.directory, "seed": args.seed, **{f"{split} documents": count for split, count in info["documents"].items()}}
 
 
-def _indexed(args: argparse.Namespace) -> list[tuple[Path, Any]]:
-    from fusiontrain.config.schema import TokenizerConfig
-    from fusiontrain.data.index import index_shard
-    from fusiontrain.data.shards import expand_shards
-    from fusiontrain.data.tokenizer import tokenizer_at
+def _indexed(args: argparse.Namespace) -> list[tuple[Path, Any, int | None]]:
+    """(shard, index, text tokens or None) of every shard, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    tokenizer = tokenizer_at(args.tokenizer, TokenizerConfig())
+    from fusiontrain.config.schema import TokenizerConfig
+    from fusiontrain.data.index_cache import build_all
+    from fusiontrain.data.shards import expand_shards
+
     shards = [shard for path in args.shards for shard in expand_shards(path)]
-    return [(shard, index_shard(shard, "auto", False, tokenizer)) for shard in shards]
+    tokenizer = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        return list(progress.track(build_all(shards, "auto", False, tokenizer, args.workers), len(shards), description="shards"))
 
 
 def _index(args: argparse.Namespace) -> dict[str, Any]:
+    from fusiontrain.data.exclude import exclude, read_exclusions
     from fusiontrain.data.index import IMAGE_PIECE
 
-    indexes = [index for _, index in _indexed(args)]
+    indexed = _indexed(args)
+    excluded = exclude([shard for shard, *_ in indexed], read_exclusions(Path(args.exclude)) if args.exclude else {})
+    indexes = [index for _, index, _ in indexed]
+    tokens = [count for *_, count in indexed if count is not None]
     return {
         "shards": len(indexes),
         "samples": sum(map(len, indexes)),
-        "unusable samples": sum(len(index.bad_numbers) for index in indexes),
+        "unusable samples": sum(len(index.bad) for index in indexes),
+        "excluded samples": excluded,
         "images": sum(int((index.kinds == IMAGE_PIECE).sum()) for index in indexes),
-        "text tokens": sum(int(index.tokens.sum()) for index in indexes),
+        "text bytes": sum(int(index.text_bytes.sum()) for index in indexes),
+        **({"text tokens": sum(tokens)} if tokens else {}),
     }
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
-    """Structure and headers are checked by indexing; then every member's checksum is compared with its index, and every image decoded."""
-    from fusiontrain.config.schema import ImageDataConfig
-    from fusiontrain.data.errors import BadSample
-    from fusiontrain.data.formats.pieces import LATENT_SUFFIX, is_image
-    from fusiontrain.data.index import member_reader
-    from fusiontrain.data.modalities.image import decode_image
+    """Structure and headers are checked by indexing; then every member is read again, its CRC32 compared, and every image decoded."""
+    from fusiontrain.data.verify import verify_shard
 
-    problems, samples = [], 0
-    policy = ImageDataConfig(size=32, patch_size=32)
-    for shard, index in _indexed(args):
-        problems += [f"{shard}: sample {n} ({key}): {why}" for n, key, why in zip(index.bad_numbers, index.bad_keys, index.bad_reasons, strict=True)]
+    problems: list[str] = []
+    samples = 0
+    for shard, index, _ in _indexed(args):
+        problems += verify_shard(shard, index)
         samples += len(index)
-        descriptor = os.open(shard, os.O_RDONLY)
-        try:
-            for row in range(len(index)):
-                members = index.members(row)
-                read = member_reader(members, descriptor)
-                try:
-                    for suffix in members:
-                        content = read(suffix)
-                        if is_image(suffix) and not suffix.endswith(LATENT_SUFFIX):
-                            decode_image(suffix, content, policy)
-                except BadSample as error:
-                    problems.append(f"{shard}: sample {index.numbers[row]} ({index.keys[row]}): {error}")
-        finally:
-            os.close(descriptor)
     if problems:
         raise UserError("\n".join(problems))
     return {"samples": samples, "problems": 0}
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    from fusiontrain.data.errors import BadSample
     from fusiontrain.data.formats.read import read_sample
     from fusiontrain.data.index import member_reader
 
@@ -123,11 +119,13 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         number -= len(indexed.pop(0)[1])
     if not indexed:
         raise UserError(f"--sample {args.sample}: the shards hold fewer usable samples")
-    shard, index = indexed[0]
+    shard, index, _ = indexed[0]
     descriptor = os.open(shard, os.O_RDONLY)
     try:
         members = index.members(number)
         sample = read_sample("auto", members, member_reader(members, descriptor), False)
+    except BadSample as error:
+        raise UserError(f"{shard}: sample {index.numbers[number]} ({index.key(number)}): {error}") from error
     finally:
         os.close(descriptor)
     first = int(index.piece_start[number])
@@ -135,13 +133,13 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     for place, piece in enumerate(sample.pieces):
         size = f"{index.widths[first + place]} x {index.heights[first + place]} pixels, .{piece.image}"
         pieces[f"{place}"] = piece.text if piece.text is not None else f"[image of {size}]"
-    return {"shard": str(shard), "key": str(index.keys[number]), **pieces}
+    return {"shard": str(shard), "key": index.key(number), **pieces}
 
 
 def _planned(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """(config, tokenizer, plan) of the training that the arguments name."""
     from fusiontrain.config.load import load
-    from fusiontrain.data.index import index_sources
+    from fusiontrain.data.index_cache import index_sources
     from fusiontrain.data.plan import Plan
     from fusiontrain.data.tokenizer import load_tokenizer
 

@@ -140,7 +140,7 @@ def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: b
     for number, place in enumerate(places):
         piece = _piece(sample, place)
         if place.kind == TEXT_PIECE:
-            ids = tokenizer.encode(piece.text or "")
+            ids = tokenizer.encode(piece.text or "") if piece.token_ids is None else piece.token_ids
             # Only the last text of a document that was cut may be longer than its place.
             last = place.first_token + place.num_tokens if cut and number == len(places) - 1 else None
             kept = ids[place.first_token : last]

@@ -26,7 +26,8 @@ def mixed_source(source: IndexedSource, data: DataConfig) -> MixedSource:
     config = source.config
     scale = Fraction(1)
     if data.mix_by == "tokens":
-        scale = Fraction(len(source), sum(num_tokens(index, data) for index in source.indexes))
+        shards = zip(source.indexes, source.tokens, source.rows, strict=True)
+        scale = Fraction(len(source), sum(num_tokens(index, tokens.counts, rows, data) for index, tokens, rows in shards))
     schedule = ((0, config.weight), *config.weight_schedule)
     # 0.1 is a tenth, not the float nearest to it. Where the schedule begins at 0 it replaces the weight.
     weights = {place: Fraction(str(weight)) * scale for place, weight in schedule}
@@ -38,10 +39,17 @@ def one_pass(size: int) -> MixedSource:
     return MixedSource(size, ((0, Fraction(size)),), 1)
 
 
-def num_tokens(index: ShardIndex, data: DataConfig) -> int:
-    """Tokens of a shard's documents with their markers (BOS and EOS each count one), before any dropout or cut. An image without a grid has none."""
-    is_image = index.kinds == IMAGE_PIECE
-    total = int(index.tokens[~is_image].sum(dtype=np.int64)) + MARKERS_PER_IMAGE * int(is_image.sum()) + 2 * len(index)
+def num_tokens(index: ShardIndex, text_tokens: np.ndarray, rows: np.ndarray, data: DataConfig) -> int:
+    """Tokens of the documents `rows` of a shard with their markers (BOS and EOS each count one), before any dropout or cut.
+
+    text_tokens [p]: of the pieces that are texts. An image without a grid has none.
+    """
+    kept = np.zeros(len(index), bool)
+    kept[rows] = True
+    kept_piece = np.repeat(kept, np.diff(index.piece_start))
+    is_image = (index.kinds == IMAGE_PIECE) & kept_piece
+    is_text = (index.kinds != IMAGE_PIECE) & kept_piece
+    total = int(text_tokens[is_text].sum(dtype=np.int64)) + MARKERS_PER_IMAGE * int(is_image.sum()) + 2 * len(rows)
     if IMAGE.name not in data.modalities:
         return total
     sizes, counts = np.unique(np.stack([index.heights[is_image], index.widths[is_image]]), axis=1, return_counts=True)

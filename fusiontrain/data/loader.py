@@ -12,8 +12,9 @@ from fusiontrain.config.schema import Config
 from fusiontrain.data.collate import collate
 from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample, BadSampleLog
-from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index import index_sources, member_reader
+from fusiontrain.data.formats.pieces import Piece, Sample
+from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, member_reader
+from fusiontrain.data.index_cache import index_sources
 from fusiontrain.data.plan import Anchor, Plan, PlannedDocument, PlannedSequence, check_world_size
 from fusiontrain.data.plan_fields import fingerprint, plan_fields
 from fusiontrain.data.shards import OpenShards
@@ -151,11 +152,25 @@ class Loader:
         ref = source.ref(planned.sample)
         try:
             members = source.indexes[shard].members(row)
+            sample = self._sample(source, shard, row, list(members))  # first: it may close the shard's file
             read = member_reader(members, self._shards.descriptor(source.shards[shard]))
-            sample = read_sample(source.config.format, members, read, self.config.data.image.representation == "latents")
             document = build_document(sample, read, planned.places, planned.cut, self.config.data, self.tokenizer, ref)
         except BadSample as error:
             self.log.add(ref, error)
             return None
         self.log.good()
         return document
+
+    def _sample(self, source: IndexedSource, shard: int, row: int, suffixes: list[str]) -> Sample:
+        """The sample's pieces from the index and the token cache: neither its json nor its text is read again."""
+        index, tokens = source.indexes[shard], source.tokens[shard]
+        pieces = index.pieces(row)
+        ids = tokens.read(self._shards.descriptor(tokens.path), row).tolist()
+        found, first = [], 0
+        for kind, count, member in zip(index.kinds[pieces].tolist(), tokens.counts[pieces].tolist(), index.image_members[pieces].tolist(), strict=True):
+            if kind == IMAGE_PIECE:
+                found.append(Piece(image=suffixes[member]))
+            else:
+                found.append(Piece(token_ids=ids[first : first + count]))
+                first += count
+        return Sample(tuple(found), bool(index.is_pair[row]))

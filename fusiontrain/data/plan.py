@@ -235,7 +235,7 @@ class Plan:
             tokens = [
                 patches(height, width, self.data) if kind == IMAGE_PIECE else count
                 for kind, count, height, width in zip(
-                    kinds, index.tokens[pieces].tolist(), index.heights[pieces].tolist(), index.widths[pieces].tolist(), strict=True
+                    kinds, source.tokens[shard].counts[pieces].tolist(), index.heights[pieces].tolist(), index.widths[pieces].tolist(), strict=True
                 )
             ]
         except BadSample as error:

@@ -40,8 +40,9 @@ def fingerprint(fields: dict[str, str]) -> str:
 def _source_fields(source: IndexedSource) -> dict[str, str]:
     """The mixing policy and the content of the index; the path may change, the samples may not."""
     digest = hashlib.sha256()
-    for index in source.indexes:
-        for array in (index.keys, index.is_pair, index.piece_start, index.kinds, index.tokens, index.heights, index.widths, index.sizes):
+    for index, tokens, rows in zip(source.indexes, source.tokens, source.rows, strict=True):
+        lengths = (index.piece_start, index.kinds, tokens.counts, index.heights, index.widths)
+        for array in (index.key_start, index.key_bytes, index.is_pair, *lengths, index.sizes, index.crcs, rows):
             digest.update(array.tobytes())
     config = source.config
     return {

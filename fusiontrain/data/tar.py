@@ -23,12 +23,12 @@ NOT_FILES = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pip
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: where its bytes lie, and their CRC-32 where it is known (tar itself has none of contents)."""
+    """A file in a tar: where its bytes lie, and their CRC32 once an index has read them."""
 
     name: str
     offset: int
     size: int
-    crc32: int | None = None
+    crc: int | None = None
 
 
 @dataclass(frozen=True)

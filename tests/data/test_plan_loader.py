@@ -8,13 +8,11 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import threading
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.mixture import MixedSource, Mixture
@@ -249,24 +247,6 @@ def test_a_sample_that_goes_bad_is_counted_named_and_shifts_nothing(tmp_path, ca
     assert "s0-0000" not in keys
 
 
-def test_a_flipped_bit_that_still_decodes_is_a_bad_sample(tmp_path, caplog):
-    """Pillow shows a JPEG with one wrong bit as if nothing had happened; the checksum of the index does not."""
-    jpeg = png(1, (48, 48), format="JPEG")
-    path = write_shard(tmp_path / "x.tar", [{"jpg": jpeg, "txt": b"words"} for _ in range(12)])
-    loader = make_loader(str(tmp_path))
-    member = loader.sources[0].indexes[0].members(3)["jpg"]
-    data = bytearray(path.read_bytes())
-    data[member.offset + member.size - 20] ^= 1
-    before = path.stat()
-    path.write_bytes(data)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    Image.open(io.BytesIO(data[member.offset : member.offset + member.size])).load()
-    assert make_loader(str(tmp_path)).sources[0].indexes[0].members(3)["jpg"] == member, "the index in the cache is the one of the sound shard"
-    list(itertools.islice(loader.iterate(0), 3))
-    assert loader.skipped > 0
-    assert f"its .jpg at offset {member.offset} does not match the checksum" in caplog.text
-
-
 def test_too_many_bad_samples_stop_the_run_with_a_sentence(tmp_path):
     source = write_shards(tmp_path, shards=1, samples=12)
     loader = make_loader(source)
@@ -339,7 +319,8 @@ def test_bad_samples_of_the_index_are_counted_once_and_judged_by_all_ranks(tmp_p
 
 
 def test_many_sound_samples_in_the_index_do_not_excuse_bad_reads(tmp_path):
-    write_shard(tmp_path / "x.tar", mixed_samples(200))
+    with_images = [members for members in mixed_samples(200) if len(members) > 1]  # texts come from the token cache
+    write_shard(tmp_path / "x.tar", with_images)
     loader = make_loader(str(tmp_path), **{"data.max_bad_fraction": 0.5})
     (tmp_path / "x.tar").write_bytes(bytes((tmp_path / "x.tar").stat().st_size))
     with pytest.raises(UserError, match=r"^10 of 10 samples are unreadable"):

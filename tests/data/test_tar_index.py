@@ -11,7 +11,9 @@ import zlib
 import numpy as np
 import pytest
 
-from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE, build_index, index_shard, index_sources
+from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
+from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index_cache import index_shard, index_sources
 from fusiontrain.data.shards import OpenShards, expand_shards
 from fusiontrain.data.tar import BLOCK, read_members, read_samples
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -23,7 +25,7 @@ TOKENIZER = load_tokenizer(tiny_config())
 
 
 def index_of(path, kind="auto", latents=False):
-    return build_index(path, kind, latents, TOKENIZER)
+    return build_index(path, kind, latents)
 
 
 # ---------------------------------------------------------------- names
@@ -191,7 +193,7 @@ def test_index_measures_texts_and_images(tmp_path):
     samples = [interleaved(["one", None, "two!"], [None, png(0, (12, 20)), None]), {"txt": b"abc", "jpg": png(1, (30, 10), format="JPEG")}]
     index = index_of(write_shard(tmp_path / "x.tar", samples))
     assert index.kinds.tolist() == [TEXT_PIECE, IMAGE_PIECE, TEXT_PIECE, TEXT_PIECE, IMAGE_PIECE]
-    assert index.tokens.tolist() == [3, 0, 4, 3, 0]
+    assert index.text_bytes.tolist() == [3, 0, 4, 3, 0]
     assert index.heights.tolist() == [0, 20, 0, 0, 10]
     assert index.widths.tolist() == [0, 12, 0, 0, 30]
     assert index.is_pair.tolist() == [False, True]
@@ -206,7 +208,7 @@ def test_members_in_the_index_are_the_bytes_that_were_written(tmp_path):
     for row, members in enumerate(samples):
         found = {suffix: data[m.offset : m.offset + m.size] for suffix, m in index.members(row).items()}
         assert found == members
-        assert {m.crc32 for m in index.members(row).values()} == {zlib.crc32(content) for content in members.values()}
+        assert {m.crc for m in index.members(row).values()} == {zlib.crc32(content) for content in members.values()}
 
 
 BAD = {
@@ -234,30 +236,31 @@ def test_a_bad_sample_is_named_and_the_others_stay(tmp_path, members, reason):
     good = mixed_samples(2)
     index = index_of(write_shard(tmp_path / "x.tar", [good[0], members, good[1]]))
     assert index.numbers.tolist() == [0, 2]
-    assert index.bad_numbers.tolist() == [1]
-    assert re.search(reason, str(index.bad_reasons[0]))
+    ((number, _, found),) = index.bad
+    assert number == 1
+    assert re.search(reason, found)
 
 
 def test_index_is_cached_until_the_shard_changes(tmp_path):
     path = write_shard(tmp_path / "x.tar", mixed_samples(2))
-    first = index_shard(path, "auto", False, TOKENIZER)
+    first = index_shard(path, "auto", False)
     (cached,) = (tmp_path / ".fusiontrain-index").iterdir()
     before = cached.stat().st_mtime_ns
-    again = index_shard(path, "auto", False, TOKENIZER)
+    again = index_shard(path, "auto", False)
     assert all(np.array_equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
     assert cached.stat().st_mtime_ns == before
     write_shard(path, mixed_samples(3))
-    assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
+    assert len(index_shard(path, "auto", False)) == 3
 
 
 def test_a_damaged_index_is_built_anew(tmp_path):
     path = write_shard(tmp_path / "x.tar", mixed_samples(3))
-    index_shard(path, "auto", False, TOKENIZER)
+    index_shard(path, "auto", False)
     (cached,) = (tmp_path / ".fusiontrain-index").iterdir()
     sound = cached.read_bytes()
     for damage in (b"", sound[:100], sound[:-30], b"x" * len(sound)):
         cached.write_bytes(damage)
-        assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
+        assert len(index_shard(path, "auto", False)) == 3
         assert cached.read_bytes() == sound
 
 
@@ -265,10 +268,10 @@ def test_where_the_shards_lie_read_only_the_index_goes_to_the_temporary_folder(t
     path = write_shard(tmp_path / "shards" / "x.tar", mixed_samples(3))
     (tmp_path / "shards" / ".fusiontrain-index").write_text("in the way: works for root too")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
-    (cached,) = tmp_path.glob("fusiontrain-index-*/*/*.npz")
+    assert len(index_shard(path, "auto", False)) == 3
+    (cached,) = tmp_path.glob("fusiontrain-index-*/*/*.index")
     before = cached.stat().st_mtime_ns
-    assert len(index_shard(path, "auto", False, TOKENIZER)) == 3
+    assert len(index_shard(path, "auto", False)) == 3
     assert cached.stat().st_mtime_ns == before
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ Fields = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class Piece:
-    """A text, or the suffix of the member that holds an image."""
+    """A text, or the suffix of the member that holds an image. token_ids: of a text that was tokenised before, instead of it."""
 
     text: str | None = None
     image: str | None = None
+    token_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

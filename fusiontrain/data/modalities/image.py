@@ -10,8 +10,12 @@ from PIL import Image, ImageOps
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import LATENT_SUFFIX
+from fusiontrain.data.image_header import header_size
 from fusiontrain.modality import IMAGE
 from fusiontrain.types import Segment
+
+LARGEST_BY_HEADER = 1 << 26
+"""Pixels above which Pillow has the word, which refuses a decompression bomb."""
 
 
 def image_size(suffix: str, data: bytes) -> tuple[int, int]:
@@ -19,6 +23,9 @@ def image_size(suffix: str, data: bytes) -> tuple[int, int]:
     if suffix.endswith(LATENT_SUFFIX):
         array = _load_latent(data)
         return array.shape[1], array.shape[2]
+    size = header_size(data)
+    if size is not None and size[0] * size[1] <= LARGEST_BY_HEADER:
+        return size
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.height, image.width

@@ -1,0 +1,47 @@
+"""Reading a shard again: are its bytes those that were indexed, and are its images pictures?"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+from fusiontrain.config.schema import ImageDataConfig
+from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.pieces import LATENT_SUFFIX, is_image
+from fusiontrain.data.index import ShardIndex
+from fusiontrain.data.modalities.image import decode_image
+from fusiontrain.data.tar import Member, read_bytes
+
+POLICY = ImageDataConfig(size=32, patch_size=32)
+
+
+def verify_shard(shard: Path, index: ShardIndex) -> list[str]:
+    """One sentence for every problem: unusable samples, members whose CRC32 is another, images that do not decode."""
+    problems = [f"{shard}: sample {number} ({key}): {reason}" for number, key, reason in index.bad]
+    descriptor = os.open(shard, os.O_RDONLY)
+    try:
+        for row in range(len(index)):
+            for member in index.members(row).values():
+                problem = _problem(descriptor, member)
+                if problem is not None:
+                    name = f"sample {index.numbers[row]} ({index.key(row)}), member .{member.name} at offset {member.offset}"
+                    problems.append(f"{shard}: {name}: {problem}")
+    finally:
+        os.close(descriptor)
+    return problems
+
+
+def _problem(descriptor: int, member: Member) -> str | None:
+    try:
+        data = read_bytes(descriptor, member.offset, member.size)
+    except OSError as error:
+        return f"cannot be read ({error})"
+    if zlib.crc32(data) != member.crc:
+        return f"its bytes have CRC32 {zlib.crc32(data):08x}, the index says {member.crc:08x}: fetch or write the shard anew"
+    if is_image(member.name) and not member.name.endswith(LATENT_SUFFIX):
+        try:
+            decode_image(member.name, data, POLICY)
+        except BadSample as error:
+            return str(error)
+    return None
