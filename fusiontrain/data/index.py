@@ -30,7 +30,7 @@ from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 FOLDER = ".fusiontrain-index"
 TEXT_PIECE, IMAGE_PIECE = 0, 1
 
