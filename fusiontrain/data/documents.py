@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusiontrain.config.schema import DataConfig, SourceConfig
-from fusiontrain.data.errors import BadSample
+from fusiontrain.data.errors import CHANGED, BadSample
 from fusiontrain.data.formats.pieces import Fields, Piece, Sample
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.modalities.image import image_segment
@@ -51,9 +51,7 @@ def draw(data: DataConfig, source: SourceConfig, key: tuple[int, ...], is_pair: 
     )
 
 
-def arrange(
-    kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: Draws, data: DataConfig, begins: bool
-) -> tuple[tuple[Place, ...], int, bool]:
+def arrange(kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: Draws, data: DataConfig, begins: bool) -> tuple[tuple[Place, ...], int, bool]:
     """(places in reading order, length of the document in tokens, whether it was cut to `data.sequence_length`).
 
     kinds and tokens: of the sample's pieces, in its own order; for images their patches. begins: the tokenizer has a BOS. No places are left
@@ -84,9 +82,7 @@ def arrange(
     return tuple(places), data.sequence_length - room, False
 
 
-def build_document(
-    sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef
-) -> Document:
+def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef) -> Document:
     """The document that `places` describe, without EOS where it was cut. Raises BadSample when the bytes do not give what the index promised."""
     segments: list[Segment] = []
     text: list[int] = [] if tokenizer.begin_text_id is None else [tokenizer.begin_text_id]
@@ -116,13 +112,13 @@ def _piece(sample: Sample, place: Place) -> Piece:
     """The sample's piece of that place, if it is of the kind that the index says."""
     piece = sample.pieces[place.piece] if place.piece < len(sample.pieces) else None
     if piece is None or (piece.image is not None) != (place.kind == IMAGE_PIECE):
-        raise BadSample("its pieces are not those of the index: the shard has changed since it was indexed")
+        raise BadSample("its pieces are not those of the index: the shard has changed since it was indexed", CHANGED)
     return piece
 
 
 def _require(same: bool, what: str, found: int, promised: int) -> None:
     if not same:
-        raise BadSample(f"{what} has {found} tokens, the index says {promised}: the shard has changed since it was indexed")
+        raise BadSample(f"{what} has {found} tokens, the index says {promised}: the shard has changed since it was indexed", CHANGED)
 
 
 def _text(ids: list[int]) -> Segment:

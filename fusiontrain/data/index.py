@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fusiontrain.config.schema import DataConfig, SourceConfig
-from fusiontrain.data.errors import BadSample
+from fusiontrain.data.errors import READ, BadSample
 from fusiontrain.data.formats.pieces import Fields
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.modalities.image import image_size
@@ -239,6 +239,6 @@ def member_reader(members: dict[str, Member], descriptor: int) -> Fields:
         try:
             return read_bytes(descriptor, member.offset, member.size)
         except OSError as error:
-            raise BadSample(f"its .{suffix} cannot be read ({error})") from error
+            raise BadSample(f"its .{suffix} cannot be read ({error})", READ) from error
 
     return read

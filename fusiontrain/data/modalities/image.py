@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fusiontrain.config.schema import ImageDataConfig
-from fusiontrain.data.errors import BadSample
+from fusiontrain.data.errors import DECODE, BadSample
 from fusiontrain.data.formats.pieces import LATENT_SUFFIX
 from fusiontrain.modality import IMAGE
 from fusiontrain.types import Segment
@@ -39,7 +39,7 @@ def image_size(suffix: str, data: bytes) -> tuple[int, int]:
             height, width = image.height, image.width
             turned = _orientation(image) >= 5
     except Exception as error:  # Pillow's readers, given damaged bytes, raise nearly anything
-        raise BadSample(f"its .{suffix} is not an image that can be read ({error})") from error
+        raise BadSample(f"its .{suffix} is not an image that can be read ({error})", DECODE) from error
     _refuse_bomb(suffix, height, width)
     return (width, height) if turned else (height, width)
 
@@ -49,7 +49,7 @@ def grid_of(height: int, width: int, config: ImageDataConfig) -> tuple[int, int]
     if config.representation == "pixels":
         height = width = config.size
     if height % config.patch_size or width % config.patch_size:
-        raise BadSample(f"a latent of {height} x {width} cells does not divide into patches of {config.patch_size}")
+        raise BadSample(f"a latent of {height} x {width} cells does not divide into patches of {config.patch_size}", DECODE)
     return height // config.patch_size, width // config.patch_size
 
 
@@ -57,9 +57,9 @@ def decode_image(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.
     """Bytes of a member -> patches [n, C] float32 and their grid: pixels in [-1, 1], latents as stored. Raises BadSample."""
     maps = _load_latent(data) if suffix.endswith(LATENT_SUFFIX) else _load_pixels(suffix, data, config.size)
     if maps.shape[0] != config.channels:
-        raise BadSample(f"its .{suffix} has {maps.shape[0]} channels, data.image.channels={config.channels}")
+        raise BadSample(f"its .{suffix} has {maps.shape[0]} channels, data.image.channels={config.channels}", DECODE)
     if not np.isfinite(maps).all():
-        raise BadSample(f"its .{suffix} holds numbers that are not finite")
+        raise BadSample(f"its .{suffix} holds numbers that are not finite", DECODE)
     grid = grid_of(maps.shape[1], maps.shape[2], config)
     return patchify(maps, config.patch_size), grid
 
@@ -81,9 +81,9 @@ def _load_latent(data: bytes) -> np.ndarray:
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # the header is parsed as Python: a damaged one may raise nearly anything
-        raise BadSample(f"its .{LATENT_SUFFIX} is not a numpy array ({error})") from error
+        raise BadSample(f"its .{LATENT_SUFFIX} is not a numpy array ({error})", DECODE) from error
     if array.ndim != 3 or array.dtype.kind not in "fiu" or not array.size:
-        raise BadSample(f"its .{LATENT_SUFFIX} is {array.dtype} {list(array.shape)}, expected numbers [channels, height, width]")
+        raise BadSample(f"its .{LATENT_SUFFIX} is {array.dtype} {list(array.shape)}, expected numbers [channels, height, width]", DECODE)
     return array.astype(np.float32)
 
 
@@ -98,7 +98,7 @@ def _load_pixels(suffix: str, data: bytes, size: int) -> np.ndarray:
     except BadSample:
         raise
     except Exception as error:  # Pillow's readers, given damaged bytes, raise nearly anything
-        raise BadSample(f"its .{suffix} is not an image that can be read ({error})") from error
+        raise BadSample(f"its .{suffix} is not an image that can be read ({error})", DECODE) from error
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
     if image.size != (size, size):
@@ -120,7 +120,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _refuse_bomb(suffix: str, height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
-        raise BadSample(f"its .{suffix} has {height} x {width} pixels, more than {MAX_PIXELS} are refused")
+        raise BadSample(f"its .{suffix} has {height} x {width} pixels, more than {MAX_PIXELS} are refused", DECODE)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
