@@ -148,5 +148,7 @@ def pack_documents(documents: Sequence[Document], config: Config, num_sequences:
     if len(groups) > wanted:
         raise ValueError(f"the documents fill {len(groups)} sequences of {length} tokens, num_sequences={wanted} were asked for")
     groups += [[]] * (wanted - len(groups))
-    sequences = [PackedSequence(tuple(documents[i] for i in sorted(group)), length, hash_key(config.seed, number)) for number, group in enumerate(groups)]
+    sequences = [
+        PackedSequence(tuple(documents[i] for i in sorted(group)), length, hash_key(config.seed, number)) for number, group in enumerate(groups)
+    ]
     return collate(sequences, config.data)

@@ -51,7 +51,9 @@ def draw(data: DataConfig, source: SourceConfig, key: tuple[int, ...], is_pair: 
     )
 
 
-def arrange(kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: Draws, data: DataConfig, begins: bool) -> tuple[tuple[Place, ...], int, bool]:
+def arrange(
+    kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: Draws, data: DataConfig, begins: bool
+) -> tuple[tuple[Place, ...], int, bool]:
     """(places in reading order, length of the document in tokens, whether it was cut to `data.sequence_length`).
 
     kinds and tokens: of the sample's pieces, in its own order; for images their patches. begins: the tokenizer has a BOS. No places are left
@@ -82,7 +84,9 @@ def arrange(kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: D
     return tuple(places), data.sequence_length - room, False
 
 
-def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef) -> Document:
+def build_document(
+    sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef
+) -> Document:
     """The document that `places` describe, without EOS where it was cut. Raises BadSample when the bytes do not give what the index promised."""
     segments: list[Segment] = []
     text: list[int] = [] if tokenizer.begin_text_id is None else [tokenizer.begin_text_id]

@@ -97,7 +97,9 @@ class Loader:
         pool = ThreadPoolExecutor(data.num_workers, thread_name_prefix="loader")
         self._pools.append(pool)
         try:
-            waiting: deque[Future[tuple[Batch, ...] | None]] = deque(pool.submit(self._build, step + ahead) for ahead in range(data.prefetch_batches))
+            waiting: deque[Future[tuple[Batch, ...] | None]] = deque(
+                pool.submit(self._build, step + ahead) for ahead in range(data.prefetch_batches)
+            )
             step += data.prefetch_batches
             while (batches := waiting.popleft().result()) is not None:
                 waiting.append(pool.submit(self._build, step))

@@ -139,7 +139,9 @@ class Plan:
         for window in range(int(places) // self.data.pack_window_documents + 1):
             if self._pack(window):
                 return
-        raise UserError(f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate")
+        raise UserError(
+            f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate"
+        )
 
     def _sequence(self, number: int) -> PlannedSequence | None:
         with self._lock:

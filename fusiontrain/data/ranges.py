@@ -23,7 +23,9 @@ def dense_mask(doc_ids: np.ndarray, order_ids: np.ndarray, segment_ids: np.ndarr
     return (same_document & (earlier | same_segment)) | ((doc_ids == PADDING_DOC_ID)[:, None] & itself)
 
 
-def mask_ranges(doc_ids: np.ndarray, order_ids: np.ndarray, segment_ids: np.ndarray, slice_bounds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def mask_ranges(
+    doc_ids: np.ndarray, order_ids: np.ndarray, segment_ids: np.ndarray, slice_bounds: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Intervals of rows, as [T, G, 2] int32: (key_ranges, query_ranges).
 
     Every slice must hold documents in ascending `doc_ids` and tokens in ascending order, padding last. Costs O(T log T) per slice.
