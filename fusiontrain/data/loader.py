@@ -126,26 +126,26 @@ class Loader:
     def _build(self, step: int) -> tuple[Batch, ...] | None:
         if not self.plan.training and not self.plan.step(step):
             return None
-        sequences = [self._read(sequence) for sequence in self.plan.share(step, self.rank, self.world_size)]
+        sequences = [self._read(sequence, step + 1 if self.plan.training else 0) for sequence in self.plan.share(step, self.rank, self.world_size)]
         size = self.config.train.micro_batch_sequences or len(sequences)
         return tuple(collate(sequences[first : first + size], self.config.data) for first in range(0, len(sequences), size))
 
-    def _read(self, sequence: PlannedSequence) -> PackedSequence:
-        documents = (self._document(document) for document in sequence.documents)
+    def _read(self, sequence: PlannedSequence, step: int = 0) -> PackedSequence:
+        documents = (self._document(document, step) for document in sequence.documents)
         kept = tuple(document for document in documents if document is not None)
         return PackedSequence(kept, self.config.data.sequence_length, sequence.noise_key)
 
-    def _document(self, planned: PlannedDocument) -> Document | None:
+    def _document(self, planned: PlannedDocument, step: int) -> Document | None:
         source = self.sources[planned.source]
         shard, row = source.locate(planned.sample)
         ref = source.ref(planned.sample)
+        members = source.indexes[shard].members(row)
         try:
-            members = source.indexes[shard].members(row)
             read = member_reader(members, self._shards.descriptor(source.shards[shard]))
             sample = read_sample(source.config.format, members, read, self.config.data.image.representation == "latents")
             document = build_document(sample, read, planned.places, planned.cut, self.config.data, self.tokenizer, ref)
         except BadSample as error:
-            self.log.add(ref, error)
+            self.log.add(ref, error, step=step, offset=min(member.offset for member in members.values()))
             return None
         self.log.good()
         return document

@@ -44,3 +44,13 @@ def test_the_sentence_that_ends_a_run_says_how_many_for_which_reason():
     log.add(ref(8), BadSample("no", "decode"))
     with pytest.raises(UserError, match=r"^10 of 13 samples are unreadable \(9 decode, 1 changed\), the last being a/x\.tar: sample 9"):
         log.add(ref(9), BadSample("no", "decode"))
+
+
+def test_findings_wait_for_their_step_and_are_taken_once():
+    log = BadSampleLog(1.0)
+    log.add(ref(1), BadSample("no", "decode"), step=3, offset=512)
+    log.add(ref(2), BadSample("no", "read"), step=2)
+    assert log.take(1) == []
+    assert [finding["sample"] for finding in log.take(2)] == [2]
+    assert log.take(9) == [{"step": 3, "source": "a", "shard": "a/x.tar", "sample": 1, "key": "key-1", "offset": 512, "reason": "decode", "message": "no"}]
+    assert log.take(9) == []
