@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fusiontrain.config.schema import DataConfig, SourceConfig
-from fusiontrain.data.errors import BadSample
+from fusiontrain.data.errors import CHANGED, BadSample
 from fusiontrain.data.formats.pieces import Fields, Piece, Sample
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.modalities.image import image_segment
@@ -164,13 +164,13 @@ def _piece(sample: Sample, place: Place) -> Piece:
     """The sample's piece of that place, if it is of the kind that the index says."""
     piece = sample.pieces[place.piece] if place.piece < len(sample.pieces) else None
     if piece is None or (piece.image is not None) != (place.kind == IMAGE_PIECE):
-        raise BadSample("its pieces are not those of the index: the shard has changed since it was indexed")
+        raise BadSample("its pieces are not those of the index: the shard has changed since it was indexed", CHANGED)
     return piece
 
 
 def _require(same: bool, what: str, found: int, promised: int) -> None:
     if not same:
-        raise BadSample(f"{what} has {found} tokens, the index says {promised}: the shard has changed since it was indexed")
+        raise BadSample(f"{what} has {found} tokens, the index says {promised}: the shard has changed since it was indexed", CHANGED)
 
 
 def _text(ids: list[int]) -> Segment:

@@ -5,6 +5,8 @@ What is not JPEG, PNG, GIF or WebP, or is odd in its header, is left to Pillow b
 
 from __future__ import annotations
 
+HEADER_BYTES = 1 << 17
+"""Where EXIF data of a JPEG or PNG begin, if there are any: behind at most one segment of 64 KiB."""
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers, SOF0 to SOF15 without DHT (C4), JPG (C8) and DAC (CC), which share their range.
 SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -24,6 +26,14 @@ def header_size(data: bytes) -> tuple[int, int] | None:
     else:
         return None
     return size if size is not None and size[0] > 0 and size[1] > 0 else None
+
+
+def has_exif(data: bytes) -> bool:
+    """Whether there may be EXIF data, which may say that the picture is to be turned; some files without any are taken for such."""
+    if data[12:16] == b"VP8X":
+        return bool(data[20:21] and data[20] & 0x08)
+    head = data[:HEADER_BYTES]
+    return b"Exif\0" in head or b"eXIf" in head
 
 
 def _jpeg(data: bytes) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fusiontrain.config.schema import SourceConfig
-from fusiontrain.data.errors import BadSample
+from fusiontrain.data.errors import CHECKSUM, READ, BadSample
 from fusiontrain.data.formats.pieces import Fields
 from fusiontrain.data.tar import Member, read_bytes
 from fusiontrain.data.token_cache import TokenCache
@@ -120,9 +120,9 @@ def member_reader(members: dict[str, Member], descriptor: int) -> Fields:
         try:
             data = read_bytes(descriptor, member.offset, member.size)
         except OSError as error:
-            raise BadSample(f"its .{suffix} cannot be read ({error})") from error
+            raise BadSample(f"its .{suffix} cannot be read ({error})", READ) from error
         if member.crc is not None and zlib.crc32(data) != member.crc:
-            raise BadSample(f"its .{suffix} at offset {member.offset} does not match the CRC32 of the index")
+            raise BadSample(f"its .{suffix} at offset {member.offset} does not match the CRC32 of the index", CHECKSUM)
         return data
 
     return read

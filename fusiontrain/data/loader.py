@@ -134,29 +134,30 @@ class Loader:
         return log.bad
 
     def _build(self, step: int) -> tuple[Batch, ...] | None:
-        step = self.plan.data_step(step)
-        if not self.plan.training and not self.plan.step(step):
+        data_step = self.plan.data_step(step)
+        if not self.plan.training and not self.plan.step(data_step):
             return None
-        sequences = [self._read(sequence) for sequence in self.plan.share(step, self.rank, self.world_size)]
+        share = self.plan.share(data_step, self.rank, self.world_size)
+        sequences = [self._read(sequence, step + 1 if self.plan.training else 0) for sequence in share]
         size = self.config.train.micro_batch_sequences or len(sequences)
         return tuple(collate(sequences[first : first + size], self.config.data) for first in range(0, len(sequences), size))
 
-    def _read(self, sequence: PlannedSequence) -> PackedSequence:
-        documents = (self._document(document) for document in sequence.documents)
+    def _read(self, sequence: PlannedSequence, step: int = 0) -> PackedSequence:
+        documents = (self._document(document, step) for document in sequence.documents)
         kept = tuple(document for document in documents if document is not None)
         return PackedSequence(kept, self.config.data.sequence_length, sequence.noise_key)
 
-    def _document(self, planned: PlannedDocument) -> Document | None:
+    def _document(self, planned: PlannedDocument, step: int) -> Document | None:
         source = self.sources[planned.source]
         shard, row = source.locate(planned.sample)
         ref = source.ref(planned.sample)
+        members = source.indexes[shard].members(row)
         try:
-            members = source.indexes[shard].members(row)
             sample = self._sample(source, shard, row, list(members))  # first: it may close the shard's file
             read = member_reader(members, self._shards.descriptor(source.shards[shard]))
             document = build_document(sample, read, planned.places, planned.cut, self.config.data, self.tokenizer, ref)
         except BadSample as error:
-            self.log.add(ref, error)
+            self.log.add(ref, error, step=step, offset=min(member.offset for member in members.values()))
             return None
         self.log.good()
         return document

@@ -32,6 +32,18 @@ def gather_floats(values: Sequence[float]) -> list[list[float]]:
     return [row.tolist() for row in rows]
 
 
+def gather_bytes(mine: bytes) -> list[bytes]:
+    """The bytes of every rank, in order of rank. All ranks call this together."""
+    sizes = [int(size) for (size,) in gather_floats([len(mine)])]
+    if not dist.is_initialized():
+        return [mine]
+    padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+    padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else 0
+    rows = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(rows, padded)
+    return [bytes(row[:size].tolist()) for row, size in zip(rows, sizes, strict=True)]
+
+
 def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` summed over all ranks in place, on its device; the device is not waited for."""
     if dist.is_initialized():

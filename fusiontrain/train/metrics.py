@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fusiontrain.data.errors import REASONS
 from fusiontrain.utils.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -56,6 +59,10 @@ class MetricsWriter:
 
         self.folder, self.path = folder, folder / METRICS_FILE
         truncate_metrics(self.path, step)
+        bad_samples = folder / BAD_SAMPLES_FILE
+        truncate_metrics(bad_samples, step)
+        self._reasons = Counter(line["reason"] for line in read_metrics(bad_samples)) if bad_samples.exists() else Counter()
+        self._bad_samples = bad_samples.open("a", encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -63,6 +70,13 @@ class MetricsWriter:
         """Append one step's values to metrics.jsonl; numbers that JSON has no word for (NaN, infinity) become null."""
         self._file.write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
         self._file.flush()
+
+    def bad_samples(self, findings: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        """List findings in bad_samples.jsonl; returns the number so far of each reason, as `skipped/<reason>`."""
+        self._bad_samples.writelines(json.dumps(finding) + "\n" for finding in findings)
+        self._bad_samples.flush()
+        self._reasons.update(finding["reason"] for finding in findings)
+        return {f"skipped/{reason}": self._reasons[reason] for reason in REASONS}
 
     def board(self, values: Mapping[str, Any]) -> None:
         """Show a step's values in TensorBoard."""
@@ -84,6 +98,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
+        self._bad_samples.close()
         self._board.close()
 
 

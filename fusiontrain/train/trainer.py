@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -22,7 +23,7 @@ from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
-from fusiontrain.parallel.reduce import gather_floats
+from fusiontrain.parallel.reduce import gather_bytes, gather_floats
 from fusiontrain.train.checkpoint import Tensors, save_checkpoint
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
 from fusiontrain.train.metrics import MetricsWriter, memory_gib, peak_flops
@@ -168,11 +169,18 @@ class Trainer:
             logger.info("step %d: loss %.5f, gradient norm %.4f", values["step"], values["loss"], values["grad_norm"])
         if self.state.nonfinite_in_a_row:
             self.reporter.event(f"step {values['step']}: loss {values['loss']}, gradient norm {values['grad_norm']}: no update")
+        findings = self._gather_findings()
         if self.writer is not None:
+            values |= self.writer.bad_samples(findings)
             self.writer.write(values)
             if due or any(key.startswith("validation/") for key in values):
                 self.writer.board(values)
         self.reporter.step(values, due)
+
+    def _gather_findings(self) -> list[dict[str, Any]]:
+        """The bad samples of this step on all ranks, in order of rank."""
+        mine = json.dumps(self.loader.log.take(self.state.step)).encode()
+        return [finding for part in gather_bytes(mine) for finding in json.loads(part)]
 
     def _evaluate(self) -> dict[str, float]:
         """Validation losses if they are due after this step."""

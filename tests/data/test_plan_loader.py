@@ -242,6 +242,11 @@ def test_a_sample_that_goes_bad_is_counted_named_and_shifts_nothing(tmp_path, ca
     assert [[s.number for s in loader.plan.step(step)] for step in range(3)] == expected
     shown = sum(d.sample == 0 for step in range(3) for s in loader.plan.step(step) for d in s.documents)
     assert loader.skipped == shown > 0
+    assert loader.log.counts == {(source, "checksum"): shown}
+    findings = loader.log.take(3)
+    assert len(findings) == shown
+    first = min(member.offset for member in before.sources[0].indexes[0].members(0).values())
+    assert {(finding["key"], finding["reason"], finding["offset"]) for finding in findings} == {("s0-0000", "decode", first)}
     assert "shard-000.tar: sample 0 ('s0-0000')" in caplog.text
     keys = [ref.key for batches in steps for batch in batches for ref in batch.sources]
     assert "s0-0000" not in keys
@@ -311,7 +316,7 @@ def test_bad_samples_of_the_index_are_counted_once_and_judged_by_all_ranks(tmp_p
     assert [make_loader(str(tmp_path), rank=rank, world_size=2).skipped for rank in (0, 1)] == [9, 0]
     write_shard(tmp_path / "x.tar", [*mixed_samples(20), *[bad] * 12])
     for rank in (0, 1):
-        with pytest.raises(UserError, match=r"\d+ of \d+ samples are unreadable, the last being .*x\.tar: sample \d+"):
+        with pytest.raises(UserError, match=r"\d+ of \d+ samples are unreadable \(\d+ format\), the last being .*x\.tar: sample \d+"):
             make_loader(str(tmp_path), rank=rank, world_size=2)
     assert make_loader(str(tmp_path), **{"data.max_bad_fraction": 0.5}).skipped == 12
     with pytest.raises(UserError, match=r"^1 of 21 samples are unreadable"):

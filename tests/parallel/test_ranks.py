@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fusiontrain.parallel.reduce import gather_bytes
 from fusiontrain.testing.ranks import RankFailure, RankPool, shared_pool
 from fusiontrain.utils.errors import UserError
 
@@ -17,6 +18,11 @@ def add_ranks(offset: int) -> tuple[int, int, str]:
     total = torch.tensor(dist.get_rank() + offset)
     dist.all_reduce(total)
     return dist.get_rank(), int(total), os.environ["WORLD_SIZE"]
+
+
+def gather_bytes_of_all() -> list[list[bytes]]:
+    rank = dist.get_rank()
+    return [gather_bytes(b"\x00\xff" * rank), gather_bytes(b""), gather_bytes(bytes(5 - rank))]
 
 
 def raise_on_rank_one() -> None:
@@ -35,6 +41,11 @@ def hang() -> None:
 
 def test_results_in_order_of_rank() -> None:
     assert shared_pool().run(add_ranks, 2, 10) == [(0, 21, "2"), (1, 21, "2")]
+
+
+def test_bytes_of_different_lengths_are_gathered_whole() -> None:
+    expected = [[b"", b"\x00\xff"], [b"", b""], [bytes(5), bytes(4)]]
+    assert shared_pool().run(gather_bytes_of_all, 2) == [expected, expected]
 
 
 def test_failure_names_the_rank_that_caused_it_and_the_pool_lives_on() -> None:

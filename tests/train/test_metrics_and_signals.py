@@ -28,6 +28,18 @@ def test_metrics_go_on_after_the_resumed_step_without_repeats(tmp_path: Path) ->
     assert path.read_text() == ""
 
 
+def test_bad_samples_go_on_after_the_resumed_step_and_are_counted_over_the_whole_run(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0)
+    writer.bad_samples([{"step": 1, "reason": "decode", "key": "a"}, {"step": 1, "reason": "read", "key": "b"}])
+    writer.bad_samples([{"step": 3, "reason": "decode", "key": "c"}])
+    writer.close()
+    writer = MetricsWriter(tmp_path, 2)
+    counts = writer.bad_samples([{"step": 3, "reason": "decode", "key": "d"}])
+    writer.close()
+    assert counts == {"skipped/format": 0, "skipped/decode": 2, "skipped/checksum": 0, "skipped/read": 1, "skipped/changed": 0}
+    assert [line["key"] for line in read_metrics(tmp_path / "bad_samples.jsonl")] == ["a", "b", "d"]
+
+
 def test_tensorboard_groups_scalars_and_shows_pictures_with_prompts(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

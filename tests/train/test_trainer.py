@@ -180,10 +180,11 @@ def test_the_run_folder(whole) -> None:
     assert all(set(line) >= REQUIRED for line in lines)
     assert all(line["tokens"] == line["tokens/text"] + line["tokens/image"] > 0 and line["flops"] > 0 for line in lines)
     assert all(line["mfu"] is None and 0 < line["data_seconds"] < line["step_seconds"] and line["skipped"] == 0 for line in lines)
+    assert all(line[f"skipped/{reason}"] == 0 for line in lines for reason in ("format", "decode", "checksum", "read", "changed"))
     assert all(line["tokens_per_second"] == pytest.approx(line["tokens"] / line["step_seconds"]) for line in lines)
     assert [line["lr"] for line in lines][:2] == [0.0005, 0.001]
     assert [line["step"] for line in lines if "validation/text" in line and "validation/image" in line] == [2, 4]
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "samples"}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "bad_samples.jsonl", "tensorboard", "checkpoints", "samples"}
     assert (folder / "samples/step-00000004/grid.png").is_file()
     assert json.loads((folder / "samples/step-00000004/prompts.json").read_text()) == ["a red circle."]
     assert len(list((folder / "tensorboard").iterdir())) == 1
