@@ -246,7 +246,7 @@ def test_a_sample_that_goes_bad_is_counted_named_and_shifts_nothing(tmp_path, ca
     findings = loader.log.take(3)
     assert len(findings) == shown
     first = min(member.offset for member in before.sources[0].indexes[0].members(0).values())
-    assert {(finding["key"], finding["reason"], finding["offset"]) for finding in findings} == {("s0-0000", "decode", first)}
+    assert {(finding["key"], finding["reason"], finding["offset"]) for finding in findings} == {("s0-0000", "checksum", first)}
     assert "shard-000.tar: sample 0 ('s0-0000')" in caplog.text
     keys = [ref.key for batches in steps for batch in batches for ref in batch.sources]
     assert "s0-0000" not in keys
