@@ -19,13 +19,15 @@ _BEYOND = tl.constexpr(2**30)
 @triton.jit
 def _load_rows(base, start, stride, num_rows, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
     """Rows start .. start + BLOCK as [BLOCK, DP]; zeros behind D, and behind num_rows if MASKED."""
-    rows = start + tl.arange(0, BLOCK)
-    dims = tl.arange(0, DP)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
-    if MASKED:
-        tile = tl.load(pointers, mask=(rows[:, None] < num_rows) & (dims[None, :] < D), other=0.0)
+    rows = tl.arange(0, BLOCK)[:, None]
+    dims = tl.arange(0, DP)[None, :]
+    pointers = base + tl.cast(start, tl.int64) * stride + (rows * stride + dims)  # 64 bits only in the scalar: registers are short
+    if MASKED and D != DP:
+        tile = tl.load(pointers, mask=(rows < num_rows - start) & (dims < D), other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=rows < num_rows - start, other=0.0)
     elif D != DP:
-        tile = tl.load(pointers, mask=(dims[None, :] < D) & (rows[:, None] >= 0), other=0.0)
+        tile = tl.load(pointers, mask=dims < D, other=0.0)
     else:
         tile = tl.load(pointers)
     return tile
@@ -33,10 +35,10 @@ def _load_rows(base, start, stride, num_rows, BLOCK: tl.constexpr, D: tl.constex
 
 @triton.jit
 def _store_rows(base, start, stride, num_rows, tile, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    rows = start + tl.arange(0, BLOCK)
-    dims = tl.arange(0, DP)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows[:, None] < num_rows) & (dims[None, :] < D))
+    rows = tl.arange(0, BLOCK)[:, None]
+    dims = tl.arange(0, DP)[None, :]
+    pointers = base + tl.cast(start, tl.int64) * stride + (rows * stride + dims)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < num_rows - start) & (dims < D))
 
 
 @triton.jit
