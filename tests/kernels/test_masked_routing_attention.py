@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from typing import NamedTuple
@@ -183,6 +184,37 @@ def test_work_grows_with_what_is_seen_not_with_the_square() -> None:
     """64 documents of 32 tokens: a chunk of two documents gathers 64 keys, not 2048."""
     ranges = torch.tensor([[[row // 32 * 32, row + 1]] for row in range(2048)], dtype=torch.int32)
     assert chunked._make_plan(ranges).num_keys == [64] * 32
+
+
+def test_one_plan_per_key_ranges_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, other = random_layout(5), random_layout(5)
+    qkv = inputs(len(layout.allowed), 2, 1, torch.float32)
+    made = []
+    make = chunked._make_plan
+    monkeypatch.setattr(chunked, "_make_plan", lambda ranges: made.append(ranges) or make(ranges))
+
+    def attend(ranges: torch.Tensor) -> torch.Tensor:
+        return masked_routing_attention(*qkv, ranges, layout.query_ranges, impl="chunked")
+
+    first = attend(layout.key_ranges)
+    assert torch.equal(attend(layout.key_ranges), first)
+    assert len(made) == 1
+    assert torch.equal(attend(other.key_ranges), first)
+    assert len(made) == 2
+
+    layout.key_ranges[1:] = 0  # written in place: the kept plan is stale
+    assert (attend(layout.key_ranges)[1:] == 0).all()
+    assert len(made) == 3
+
+
+def test_a_plan_lives_no_longer_than_its_key_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_PLANS", type(chunked._PLANS)())
+    layout = random_layout(5)
+    masked_routing_attention(*inputs(len(layout.allowed), 2, 1), layout.key_ranges, layout.query_ranges, impl="chunked")
+    assert len(chunked._PLANS) == 1
+    del layout
+    gc.collect()
+    assert len(chunked._PLANS) == 0
 
 
 def test_unknown_impl_names_the_choices() -> None:

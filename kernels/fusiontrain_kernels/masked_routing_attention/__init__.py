@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from fusiontrain_kernels._dispatch import choose
-from fusiontrain_kernels.masked_routing_attention import chunked, reference
+from fusiontrain_kernels.masked_routing_attention import chunked, dense, reference
 
-_IMPLEMENTATIONS = {"reference": reference.masked_routing_attention, "chunked": chunked.masked_routing_attention}
+
+def _triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_ranges: torch.Tensor, query_ranges: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return _triton_operator()(q, k, v, key_ranges, query_ranges, scale)
+
+
+def _triton_operator():  # type: ignore[no-untyped-def]
+    if find_spec("triton") is None:
+        raise RuntimeError("masked_routing_attention: impl='triton' needs the package triton, which is not installed here")
+    from fusiontrain_kernels.masked_routing_attention import triton_op
+
+    return triton_op.masked_routing_attention
+
+
+_IMPLEMENTATIONS = {
+    "reference": reference.masked_routing_attention,
+    "chunked": chunked.masked_routing_attention,
+    "sdpa": dense.masked_routing_attention,
+    "triton": _triton,
+}
 
 
 def masked_routing_attention(
@@ -27,8 +49,9 @@ def masked_routing_attention(
     a query must not overlap. query_ranges [T, G, 2] int32: the transpose, for the backward of implementations that need it.
     Returns [T, H, Dh] in q's dtype; zeros for a query that sees nothing.
 
-    impl: auto (= chunked, on every device), chunked (no [T, T] memory), reference (the specification: dense, [H, T, T] memory).
-    Raises ValueError for an unknown impl.
+    impl: auto (= chunked, on every device), chunked (no [T, T] memory), triton (a GPU; elsewhere only under TRITON_INTERPRET=1), sdpa (torch's
+    own with the mask made dense, [T, T] memory), reference (the specification: dense, [H, T, T] memory).
+    Raises ValueError for an unknown impl, RuntimeError where the chosen one cannot run.
     """
     attend = choose("masked_routing_attention", _IMPLEMENTATIONS, impl, auto="chunked")
     return attend(q, k, v, key_ranges, query_ranges, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,7 +1,8 @@
 """masked_routing_attention in chunks of neighbouring queries, each over the few keys that any of them sees. Plain PyTorch, any device.
 
 The plan of a call (which chunks, which keys, which masks) depends on `key_ranges` alone and is read by the host, which on a GPU waits for
-the device once per call.
+the device. It is made once per `key_ranges` tensor and kept as long as that lives: the layers of a model share it, and so does a backward
+that computes the forward again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 CHUNK_ROWS = 64
 """Queries per chunk. On one CPU core 64 beats 32 (overhead of calls) and 128 (keys that few of the queries see)."""
@@ -27,6 +30,10 @@ class _Plan:
     masks: list[torch.Tensor | None]
 
 
+_PLANS = WeakTensorKeyDictionary()
+"""key_ranges -> ((its version, CHUNK_ROWS), its plan)."""
+
+
 def masked_routing_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_ranges: torch.Tensor, query_ranges: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -34,7 +41,7 @@ def masked_routing_attention(
     del query_ranges  # autograd adds up what each key gets from its chunks
     if len(q) == 0:
         return torch.zeros_like(q)
-    plan = _make_plan(key_ranges)
+    plan = _plan_of(key_ranges)
     # One gather and one split each: a gather per chunk would make the backward fill a [T, K, Dh] buffer per chunk.
     chunks = zip(q.split(plan.num_rows), k[plan.keys].split(plan.num_keys), v[plan.keys].split(plan.num_keys), plan.masks, strict=True)
     return torch.cat([_attend(*chunk, scale) for chunk in chunks])
@@ -47,6 +54,18 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+@_disable_dynamo  # reads numbers on the host: not for a graph. Unlike torch.compiler.disable it does not import the compiler (a second)
+def _plan_of(key_ranges: torch.Tensor) -> _Plan:
+    """The plan made last for this tensor object, unless it was written to since."""
+    if key_ranges.is_inference():  # does not count its writes
+        return _make_plan(key_ranges)
+    stamp = (key_ranges._version, CHUNK_ROWS)
+    known = _PLANS.get(key_ranges)
+    if known is None or known[0] != stamp:
+        known = _PLANS[key_ranges] = (stamp, _make_plan(key_ranges))
+    return known[1]
 
 
 def _make_plan(key_ranges: torch.Tensor) -> _Plan:

@@ -1,0 +1,57 @@
+"""Tile sizes of the Triton kernels, by architecture, kernel and padded head dim. Each row is held to the gate of `make aot`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """BM queries and BN keys per tile; delta has no keys."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+HEAD_DIMS = (64, 128, 256)
+"""Padded to the next power of two: 96 uses the row of 128."""
+
+TABLE: dict[int, dict[str, dict[int, Config]]] = {
+    80: {
+        "forward": {64: Config(64, 64, 4, 2), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+        "dq": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        "dkdv": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+        "delta": {64: Config(64, 0, 4, 1), 128: Config(64, 0, 4, 1), 256: Config(32, 0, 4, 1)},
+    },
+    90: {
+        "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+        "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        "dkdv": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+        "delta": {64: Config(64, 0, 4, 1), 128: Config(64, 0, 4, 1), 256: Config(32, 0, 4, 1)},
+    },
+    100: {
+        "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        "dkdv": {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+        "delta": {64: Config(64, 0, 4, 1), 128: Config(64, 0, 4, 1), 256: Config(32, 0, 4, 1)},
+    },
+}
+
+WIDE = Config(32, 32, 4, 1)
+"""float32 and float64, on any GPU: for checks, not for speed."""
+
+INTERPRETED = Config(32, 16, 4, 1)
+
+
+def select(kernel: str, padded_dim: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Raises KeyError for a head dim beyond the table."""
+    if device.type != "cuda":
+        return INTERPRETED
+    if dtype.itemsize > 2:
+        return WIDE
+    major, _ = torch.cuda.get_device_capability(device)
+    arch = max((arch for arch in TABLE if arch // 10 <= major), default=min(TABLE))
+    return TABLE[arch][kernel][max(padded_dim, min(HEAD_DIMS))]
