@@ -10,14 +10,15 @@ from functools import cache
 import torch
 
 
-@cache
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, which needs no GPU. Triton reads the variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-@cache
+@torch.compiler.assume_constant_result
 def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -12,6 +12,8 @@ def check(x: torch.Tensor, width: int) -> None:
     """Raises ValueError where grouped_mm is missing or would refuse x."""
     if not hasattr(F, "grouped_mm"):
         raise ValueError(f"modality_gemm: impl='grouped_mm': torch {torch.__version__} has no torch.nn.functional.grouped_mm: choose another impl")
+    if x.dtype == torch.float64:
+        raise ValueError("modality_gemm: impl='grouped_mm': it has no float64: choose another impl")
     size = x.element_size()
     if x.shape[1] * size % 16 or width * size % 16:
         raise ValueError(f"modality_gemm: impl='grouped_mm': rows of {x.shape[1]} and {width} {x.dtype} must be multiples of 16 bytes: choose another impl")

@@ -9,21 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _locate(tile, offsets, weights, M: tl.constexpr, BM: tl.constexpr):
-    """-> first row of this row tile (-1: none), end of its segment, the segment's entry of `weights`."""
-    row, end, weight, first = -1, 0, weights[0], 0
-    for m in tl.static_range(M):
-        low = tl.load(offsets + m)
-        high = tl.load(offsets + m + 1)
-        num_tiles = tl.cdiv(high - low, BM)
-        inside = (tile >= first) & (tile < first + num_tiles)
-        row = tl.where(inside, low + (tile - first) * BM, row)
-        end = tl.where(inside, high, end)
-        weight = tl.where(inside, weights[m], weight)
-        first += num_tiles
-    return row, end, weight
+from fusiontrain_kernels._segment_kernels import choose_live, locate
 
 
 @triton.jit
@@ -74,15 +60,15 @@ def gemm(
     tile, column_tile = _swizzle(tl.program_id(0), tl.cdiv(T, BM) + M - 1, tl.cdiv(N, BN), GROUP)
     column = column_tile * BN
     acc = tl.zeros((BM, BN), ACC)
-    row, end, weight = _locate(tile, offsets, weights[0], M, BM)
+    row, end, weight = locate(tile, offsets, weights[0], M, BM)
     if row < 0:
         return
     for p in tl.static_range(PAIRS):
-        row, end, weight = _locate(tile, offsets, weights[p], M, BM)
+        row, end, weight = locate(tile, offsets, weights[p], M, BM)
         acc = _product(acc, xs[p], weight, row, end, column, N, K, stride_x, stride_w, BM, BN, BK, TRANSPOSED, EVEN, ACC)
     rows, columns = tl.arange(0, BM), column + tl.arange(0, BN)
     if HAS_BIAS:
-        row, end, bias = _locate(tile, offsets, biases, M, BM)
+        row, end, bias = locate(tile, offsets, biases, M, BM)
         acc += tl.load(bias + columns, mask=columns < N, other=0.0)[None, :].to(ACC)
     out_tile = out + row.to(tl.int64) * N + rows[:, None] * N + columns[None, :]
     tl.store(out_tile, acc.to(out.dtype.element_ty), mask=(rows[:, None] < end - row) & (columns[None, :] < N))
@@ -97,10 +83,10 @@ def gemm_swiglu(
     """out [T, N] = silu(x @ gate.T) * (x @ up.T); both products are rounded to the dtype of out first, and kept for the backward."""
     tile, column_tile = _swizzle(tl.program_id(0), tl.cdiv(T, BM) + M - 1, tl.cdiv(N, BN), GROUP)
     column = column_tile * BN
-    row, end, gate_weight = _locate(tile, offsets, gates, M, BM)
+    row, end, gate_weight = locate(tile, offsets, gates, M, BM)
     if row < 0:
         return
-    row, end, up_weight = _locate(tile, offsets, ups, M, BM)
+    row, end, up_weight = locate(tile, offsets, ups, M, BM)
     rows, columns, inner = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     row_mask = rows[:, None] < end - row
     column_mask = columns[None, :] < N - column
@@ -128,21 +114,6 @@ def gemm_swiglu(
 
 
 @triton.jit
-def _choose_live(index, offsets, outs, bias_outs, M: tl.constexpr, LIVE: tl.constexpr):
-    """The index-th modality whose bit is set in LIVE -> its first and last row and its outputs."""
-    low, high, out, bias_out, seen = 0, 0, outs[0], bias_outs[0], 0
-    for m in tl.static_range(M):
-        if (LIVE >> m) & 1:
-            here = index == seen
-            low = tl.where(here, tl.load(offsets + m), low)
-            high = tl.where(here, tl.load(offsets + m + 1), high)
-            out = tl.where(here, outs[m], out)
-            bias_out = tl.where(here, bias_outs[m], bias_out)
-            seen += 1
-    return low, high, out, bias_out
-
-
-@triton.jit
 def wgrad(
     x, grad, outs, bias_outs, offsets, N, K, stride_x, stride_grad,
     M: tl.constexpr, LIVE: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, ACC: tl.constexpr,
@@ -153,7 +124,7 @@ def wgrad(
     No rows give zeros. bias_outs[m] [N] (+)= the sum of grad's rows. The order of every sum is fixed.
     """
     n_tile, k_tile = _swizzle(tl.program_id(0), tl.cdiv(N, BM), tl.cdiv(K, BN), GROUP)
-    low, high, out, bias_out = _choose_live(tl.program_id(1), offsets, outs, bias_outs, M, LIVE)
+    low, high, out, bias_out = choose_live(tl.program_id(1), offsets, outs, bias_outs, M, LIVE)
     n, k, inner = n_tile * BM + tl.arange(0, BM), k_tile * BN + tl.arange(0, BN), tl.arange(0, BK)
     out += (n_tile * BM).to(tl.int64) * K + k_tile * BN
     grad_tile = grad + low.to(tl.int64) * stride_grad + inner[None, :] * stride_grad + n[:, None]

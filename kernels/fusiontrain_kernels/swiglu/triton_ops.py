@@ -15,7 +15,7 @@ BLOCK = 1024
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See the package."""
     gate, up = unit_stride(gate), unit_stride(up)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = gate.new_empty(gate.shape)
     with on_device(gate):
         triton_kernels.forward[(triton.cdiv(out.numel(), BLOCK),)](
             gate, up, out, out.numel(), gate.shape[1], gate.stride(0), up.stride(0), ACC=accumulator(gate), BLOCK=BLOCK
@@ -25,14 +25,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 @swiglu.register_fake
 def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return gate.new_empty(gate.shape)
 
 
 @torch.library.custom_op("fusiontrain::swiglu_backward", mutates_args=())
 def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-> gradients of gate and up."""
     grad, gate, up = grad.contiguous(), unit_stride(gate), unit_stride(up)
-    gate_grad, up_grad = torch.empty_like(grad), torch.empty_like(grad)
+    gate_grad, up_grad = grad.new_empty(grad.shape), grad.new_empty(grad.shape)
     with on_device(grad):
         triton_kernels.backward[(triton.cdiv(grad.numel(), BLOCK),)](
             grad, gate, up, gate_grad, up_grad, grad.numel(), gate.shape[1], gate.stride(0), up.stride(0), ACC=accumulator(grad), BLOCK=BLOCK
@@ -42,7 +42,7 @@ def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) ->
 
 @swiglu_backward.register_fake
 def _(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape)
 
 
 def _save(ctx, inputs, output) -> None:
