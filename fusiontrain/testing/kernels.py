@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -24,28 +25,28 @@ def round_bfloat16_in_the_interpreter() -> None:
         return
     dot, cast, binary = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op
 
-    def is_bits(handle) -> bool:
+    def is_bits(handle: Any) -> bool:
         return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
 
-    def widen(handle):
+    def widen(handle: Any) -> Any:
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if is_bits(handle) else handle
 
-    def narrow(values: np.ndarray):
+    def narrow(values: np.ndarray) -> Any:
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return TensorHandle(np.where(np.isnan(values), np.uint16(0x7FC0), rounded), tl.bfloat16)
 
-    def create_dot(self, a, b, acc, *rest):
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
         return dot(self, widen(a), widen(b), acc, *rest)
 
-    def cast_impl(self, source, target):
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if is_bits(source) and target.scalar != tl.bfloat16:
             return widen(source) if target.scalar == tl.float32 else cast(self, widen(source), target)
         if target.scalar == tl.bfloat16 and source.dtype.scalar != tl.bfloat16:
             return narrow(source.data.astype(np.float32))
         return cast(self, source, target)
 
-    def binary_op(self, left, right, op):
+    def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
         if not (is_bits(left) and is_bits(right)):
             return binary(self, left, right, op)
         out = binary(self, widen(left), widen(right), op)
@@ -61,7 +62,7 @@ def guarded_outputs() -> Iterator[None]:
     buffers: list[tuple[torch.Tensor, int]] = []
     new_empty = torch.Tensor.new_empty
 
-    def guarded(self: torch.Tensor, *size, dtype: torch.dtype | None = None, **options) -> torch.Tensor:
+    def guarded(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
         size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         dtype = self.dtype if dtype is None else dtype
         if not dtype.is_floating_point:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -60,9 +61,7 @@ def device_offsets(bounds: Sequence[int] | None, offsets: torch.Tensor | None, n
         assert bounds is not None
         return torch.tensor(bounds, dtype=torch.int32, device=x.device)
     if offsets.shape != (num_weights + 1,) or offsets.dtype != torch.int32 or offsets.device != x.device:
-        raise ValueError(
-            f"{operator}: offsets: must be int32 [{num_weights + 1}] on {x.device}, not {offsets.dtype} {list(offsets.shape)} on {offsets.device}"
-        )
+        raise ValueError(f"{operator}: offsets: must be int32 [{num_weights + 1}] on {x.device}, not {offsets.dtype} {list(offsets.shape)} on {offsets.device}")
     return offsets
 
 
@@ -76,7 +75,7 @@ def on_device(x: torch.Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(x)
 
 
-def accumulator(x: torch.Tensor):
+def accumulator(x: torch.Tensor) -> Any:
     """The Triton dtype of sums over x's elements: float64 for float64, else float32."""
     import triton.language as tl
 

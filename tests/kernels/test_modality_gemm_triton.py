@@ -25,9 +25,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.
 class Case:
     """Leaves of one product; the modalities in `frozen` need no gradient."""
 
-    def __init__(
-        self, counts: tuple[int, ...], sizes: tuple[int, int] = (24, 40), dtype: torch.dtype = torch.float64, frozen: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, counts: tuple[int, ...], sizes: tuple[int, int] = (24, 40), dtype: torch.dtype = torch.float64, frozen: tuple[int, ...] = ()) -> None:
         inner, width = sizes
         self.counts, self.bounds = counts, (0, *accumulate(counts))
         self.owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

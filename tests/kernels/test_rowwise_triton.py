@@ -132,7 +132,9 @@ def test_the_operators_keep_their_contracts() -> None:
     torch.library.opcheck(swiglu_ops.swiglu, (x, other))
     heads, angles = normal(20, 2, 8, seed=4).requires_grad_(), normal(20, 8, seed=5)
     torch.library.opcheck(rope_ops.rope, (heads, angles, angles, False))
-    assert torch.autograd.gradcheck(lambda *leaves: add_rms_norm(*leaves[:2], leaves[2:], (0, 5, 20), EPS, impl="triton"), (x, other, gain, gain), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: add_rms_norm(*leaves[:2], leaves[2:], (0, 5, 20), EPS, impl="triton"), (x, other, gain, gain), fast_mode=True
+    )
 
 
 def test_a_new_routing_does_not_recompile() -> None:

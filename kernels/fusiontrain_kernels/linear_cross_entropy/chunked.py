@@ -7,6 +7,7 @@ arXiv 2410.10989; unlike there the host asks for nothing, and the weight's gradi
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from fusiontrain_kernels._launch import on_device
 
@@ -111,3 +112,19 @@ def _backward(ctx, grad: torch.Tensor, *_unused: object):
 
 
 linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.fusiontrain.linear_cross_entropy)
+def _flops(
+    hidden: tuple[int, int],
+    weight: tuple[int, int],
+    labels: object,
+    loss_weights: object,
+    z_loss: float,
+    hidden_live: bool,
+    weight_live: bool,
+    *_: object,
+    **__: object,
+) -> int:
+    """Products with the head, for torch's counter, which does not look inside operators."""
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 + hidden_live + weight_live)

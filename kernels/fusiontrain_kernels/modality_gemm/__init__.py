@@ -47,9 +47,7 @@ def modality_gemm(
     return implementation(x, weights, bounds, biases, offsets, main_grads)
 
 
-def modality_swiglu(
-    x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bounds, *, offsets: torch.Tensor | None = None, impl: str = "auto"
-) -> torch.Tensor:
+def modality_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bounds, *, offsets: torch.Tensor | None = None, impl: str = "auto") -> torch.Tensor:
     """`silu(modality_gemm(x, gates)) * modality_gemm(x, ups)`: the first half of a feed-forward, [T, Kin] -> [T, N].
 
     gates and ups: M tensors [N, Kin] each; bounds, offsets and errors as for `modality_gemm`. impl: auto (triton on a GPU, else segments),
@@ -66,9 +64,7 @@ def _segments(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases 
     return reference.modality_gemm(x, weights, bounds, biases)
 
 
-def _grouped(
-    x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: object
-) -> torch.Tensor:
+def _grouped(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: object) -> torch.Tensor:
     return grouped.modality_gemm(x, weights, biases, _offsets(x, weights, bounds, offsets))
 
 
@@ -78,9 +74,7 @@ def _offsets(x: torch.Tensor, weights: Weights, bounds: Bounds, offsets: torch.T
     return device_offsets(bounds, offsets, len(weights), x, "modality_gemm")
 
 
-def _triton(
-    x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: Biases | None
-) -> torch.Tensor:
+def _triton(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: Biases | None) -> torch.Tensor:
     require_triton("modality_gemm", x)
     from fusiontrain_kernels.modality_gemm import triton_ops
 

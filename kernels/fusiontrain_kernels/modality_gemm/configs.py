@@ -19,7 +19,10 @@ class Config(NamedTuple):
 
 
 SMALL = Config(64, 64, 32, 4, 3)
-"""Every kernel, every architecture: float32, and problems too small for the tiles below."""
+"""Every kernel, every architecture: 16-bit problems too small for the tiles below."""
+
+FLOAT32 = Config(64, 64, 16, 8, 2)
+"""Every kernel, every architecture: float32 in full precision, which is for checks and not for speed."""
 
 CONFIGS: dict[int, dict[str, Config]] = {
     0: {name: Config(16, 16, 16, 4, 1) for name in ("forward", "dgrad", "wgrad", "wgrad_add", "swiglu")},  # the interpreter

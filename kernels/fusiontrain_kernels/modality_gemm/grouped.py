@@ -19,9 +19,7 @@ def check(x: torch.Tensor, width: int) -> None:
         raise ValueError(f"modality_gemm: impl='grouped_mm': rows of {x.shape[1]} and {width} {x.dtype} must be multiples of 16 bytes: choose another impl")
 
 
-def modality_gemm(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None] | None, offsets: torch.Tensor
-) -> torch.Tensor:
+def modality_gemm(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None] | None, offsets: torch.Tensor) -> torch.Tensor:
     """See the package."""
     check(x, len(weights[0]))
     out = F.grouped_mm(x, torch.stack(list(weights)).transpose(1, 2), offs=offsets[1:])

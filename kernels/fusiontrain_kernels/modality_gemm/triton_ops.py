@@ -9,7 +9,7 @@ import triton
 
 from fusiontrain_kernels._launch import accumulator, architecture, nearest, on_device, unit_stride
 from fusiontrain_kernels.modality_gemm import triton_kernels
-from fusiontrain_kernels.modality_gemm.configs import CONFIGS, SMALL, Config
+from fusiontrain_kernels.modality_gemm.configs import CONFIGS, FLOAT32, SMALL, Config
 from fusiontrain_kernels.swiglu.triton_ops import swiglu_backward
 
 Tensors = Sequence[torch.Tensor]
@@ -17,8 +17,10 @@ GROUP = 8  # row tiles that run side by side and share a weight tile in the L2 c
 
 
 def _config(kernel: str, x: torch.Tensor, num_rows: int, num_columns: int) -> Config:
+    if x.is_cuda and x.element_size() > 2:
+        return FLOAT32
     config = nearest(CONFIGS, architecture(x))[kernel]
-    fits = x.element_size() == 2 and num_rows >= config.rows and num_columns >= config.columns
+    fits = num_rows >= config.rows and num_columns >= config.columns
     return config if fits or not x.is_cuda else SMALL
 
 
@@ -70,7 +72,7 @@ def _(grads: Tensors, weights: Tensors, offsets: torch.Tensor) -> torch.Tensor:
 def _wgrad(x: torch.Tensor, grad: torch.Tensor, outs: Tensors, bias_outs: Tensors, offsets: torch.Tensor, live: Sequence[bool], add: bool) -> None:
     """Write into outs[i] (and add to it, if `add`) the gradient of the i-th live modality's weight."""
     x, grad = unit_stride(x), unit_stride(grad)
-    (num_rows, inner), width = x.shape, grad.shape[1]
+    inner, width = x.shape[1], grad.shape[1]
     config = _config("wgrad_add" if add else "wgrad", x, width, inner)
     remaining, remaining_bias = iter(outs), iter(bias_outs)
     places = tuple(next(remaining) if alive else outs[0] for alive in live)

@@ -46,9 +46,7 @@ def _outputs(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tens
 
 
 @rms_norm.register_fake
-def _(
-    x: torch.Tensor, residual: torch.Tensor | None, weights: Tensors, offsets: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, residual: torch.Tensor | None, weights: Tensors, offsets: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _outputs(x, residual)
 
 
