@@ -24,12 +24,14 @@ from fusiontrain_kernels.swiglu import triton_kernels as swiglu
 from fusiontrain_kernels.swiglu.triton_ops import BLOCK as SWIGLU_BLOCK
 
 M = 2  # modalities
-SIZES = ("T", "N", "K", "D", "H", "V", "F", "HALF", "size", *(f"stride_{of}" for of in "x w grad residual summed gate up row head cos sin logits".split()))
+SIZES = ("T", "N", "K", "D", "H", "V", "F", "HALF", "size")
+ROWS_OF = ("x", "w", "grad", "residual", "summed", "gate", "up", "row", "head", "cos", "sin", "logits")
 
 
 def signature(dtype: str, **pointers: object) -> dict[str, object]:
     """All sizes and strides, the offsets, and the pointers: names of `dtype` unless said."""
-    return {**dict.fromkeys(SIZES, "i32"), "offsets": "*i32", **{name: f"*{dtype}" if kind is True else kind for name, kind in pointers.items()}}
+    integers = (*SIZES, *(f"stride_{name}" for name in ROWS_OF))
+    return {**dict.fromkeys(integers, "i32"), "offsets": "*i32", **{name: f"*{dtype}" if kind is True else kind for name, kind in pointers.items()}}
 
 
 def tile(config: Config) -> dict[str, object]:

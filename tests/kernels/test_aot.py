@@ -17,7 +17,8 @@ from segment_ops import CONFIGS, gemm_rows
 tall = {name: config._replace(columns=256) for name, config in CONFIGS[90].items()}
 (row,) = [row for row in gemm_rows(tall, "bf16") if row.name == "wgrad add"]
 print(report(row, 90)["problems"])
-(row,) = [row for row in gemm_rows(CONFIGS[90], "bf16") if row.name == "forward"]
+deep = {name: config._replace(stages=4) for name, config in CONFIGS[90].items()}
+(row,) = [row for row in gemm_rows(deep, "bf16") if row.name == "forward"]
 print(report(row, 86)["problems"])
 """
 

@@ -144,8 +144,8 @@ def wgrad(
     if ACCUMULATE:
         acc += tl.load(out + place, mask=mask, other=0.0).to(ACC)
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
-    if HAS_BIAS:
-        if k_tile == 0:  # noqa: SIM102: the outer one is decided when the kernel is compiled
+    if HAS_BIAS:  # noqa: SIM102
+        if k_tile == 0:
             if ACCUMULATE:
                 bias += tl.load(bias_out + n, mask=n < N, other=0.0).to(ACC)
             tl.store(bias_out + n, bias.to(bias_out.dtype.element_ty), mask=n < N)
