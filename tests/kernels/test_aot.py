@@ -32,10 +32,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_core_configs_fit(capability: str) -> None:
-    core = "^(forward|dgrad|wgrad add|gemm swiglu|rms_norm backward 4096|softmax loss)$"
+    core = "^(forward|wgrad add|gemm swiglu|rms_norm backward 4096)$"
     done = run("kernels/aot/segment_ops.py", "--arch", capability, "--only", core)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok\n") == 6
+    assert done.stdout.count("ok\n") == 4
 
 
 def test_the_gate_says_no() -> None:
