@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test lint aot clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Compile every kernel config for GPUs that need not be here, and refuse spills.
+aot: $(STAMP)
+	$(BIN)/python kernels/aot/segment_ops.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

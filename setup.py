@@ -41,6 +41,6 @@ setup(
         "deepspeed": ["deepspeed"],
         "s3": ["fsspec", "boto3"],
         "vae": ["diffusers"],
-        "dev": ["diffusers", "hypothesis", "import-linter", "mypy", "pytest", "ruff", "types-PyYAML"],
+        "dev": ["diffusers", "hypothesis", "import-linter", "mypy", "pytest", "ruff", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML"],
     },
 )

@@ -5,17 +5,37 @@ from __future__ import annotations
 import torch
 
 from fusiontrain_kernels._dispatch import choose
-from fusiontrain_kernels.linear_cross_entropy import reference
-
-_IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy}
+from fusiontrain_kernels._launch import auto_triton, require_triton
+from fusiontrain_kernels.linear_cross_entropy import chunked, reference
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, *, impl: str = "auto"
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, *, z_loss: float = 0.0, impl: str = "auto"
 ) -> torch.Tensor:
     """`sum over r of loss_weights[r] * -log softmax(hidden[r] @ weight.T)[labels[r]]`, a float32 scalar (float64 for float64 input).
 
-    hidden [n, D]; weight [V, D]; labels [n] int64 in [0, V); loss_weights [n] float32. n may be 0: the sum is then 0 and its gradients
-    are zero, not None. impl: auto, reference. Raises ValueError for another impl.
+    hidden [n, D]; weight [V, D]; labels [n] int64 below V; loss_weights [n] float32. A row whose label is negative counts for nothing, so
+    the number of labels may stay on the device: `(labels >= 0).sum()`. n may be 0: the sum is then 0 and its gradients are zero, not None.
+    z_loss adds that many times the square of the log of the softmax's denominator to each row (PaLM, arXiv 2204.02311, section 5).
+
+    impl: auto (triton on a GPU, else chunked), reference, chunked (256 rows at a time; the backward only scales, there is no second
+    derivative), triton (1024 rows at a time, softmax and gradient in place). Raises ValueError for another impl.
     """
-    return choose("linear_cross_entropy", _IMPLEMENTATIONS, impl, auto="reference")(hidden, weight, labels, loss_weights)
+    name = auto_triton(hidden, "chunked")
+    return choose("linear_cross_entropy", _IMPLEMENTATIONS, impl, auto=name)(hidden, weight, labels, loss_weights, z_loss)
+
+
+def _chunked(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, z_loss: float, impl: str = "chunked"
+) -> torch.Tensor:
+    differentiate = torch.is_grad_enabled()
+    hidden_live, weight_live = differentiate and hidden.requires_grad, differentiate and weight.requires_grad
+    return chunked.linear_cross_entropy(hidden, weight, labels, loss_weights, z_loss, hidden_live, weight_live, impl)[0]
+
+
+def _triton(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, z_loss: float) -> torch.Tensor:
+    require_triton("linear_cross_entropy", hidden)
+    return _chunked(hidden, weight, labels, loss_weights, z_loss, "triton")
+
+
+_IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy, "chunked": _chunked, "triton": _triton}

@@ -7,23 +7,89 @@ from collections.abc import Sequence
 import torch
 
 from fusiontrain_kernels._dispatch import choose
-from fusiontrain_kernels.modality_gemm import reference
+from fusiontrain_kernels._launch import auto_triton, device_offsets, require_triton
+from fusiontrain_kernels._segments import check_bounds
+from fusiontrain_kernels.modality_gemm import grouped, reference
+from fusiontrain_kernels.swiglu import swiglu
 
-_IMPLEMENTATIONS = {"reference": reference.modality_gemm}
+Weights = Sequence[torch.Tensor]
+Biases = Sequence[torch.Tensor | None]
+Bounds = tuple[int, ...]
 
 
 def modality_gemm(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    bounds: tuple[int, ...],
-    biases: Sequence[torch.Tensor | None] | None = None,
+    weights: Weights,
+    bounds: Bounds,
+    biases: Biases | None = None,
     *,
+    offsets: torch.Tensor | None = None,
+    main_grads: Biases | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """`out[r] = x[r] @ weights[m].T + biases[m]` where row r lies in `bounds[m] <= r < bounds[m + 1]`.
 
     x [T, Kin]; weights: M tensors [N, Kin]; bounds: M + 1 host numbers from 0 to T, never decreasing; biases: M tensors [N] or None.
-    Returns [T, N]. A modality without rows gets a zero gradient, not None. impl: auto, reference.
-    Raises ValueError for an unknown impl and for bounds that do not fit.
+    offsets [M + 1] int32 on x's device: the same numbers; with them grouped_mm and triton read no bounds, so torch.compile does not
+    specialise on a routing, and neither copies anything to the device. Returns [T, N].
+
+    Only weights that require a gradient get one computed; a modality without rows gets zeros, not None.
+    main_grads (triton only, without biases): M tensors [N, Kin], float32 for example, None where the weight is frozen. The backward adds the
+    weights' gradients to them and leaves the weights' own `.grad` alone.
+
+    impl: auto (triton on a GPU, else segments), reference, segments (one ATen GEMM per modality: the reference itself), grouped_mm
+    (torch.nn.functional.grouped_mm, weights stacked in every call), triton.
+    Raises ValueError for an unknown impl, one that cannot run here, and bounds that do not fit.
     """
-    return choose("modality_gemm", _IMPLEMENTATIONS, impl, auto="reference")(x, weights, bounds, biases)
+    implementation = choose("modality_gemm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "segments"))
+    if main_grads is not None and implementation is not _triton:
+        raise ValueError("modality_gemm: main_grads: only impl='triton' adds to them")
+    return implementation(x, weights, bounds, biases, offsets, main_grads)
+
+
+def modality_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bounds, *, offsets: torch.Tensor | None = None, impl: str = "auto") -> torch.Tensor:
+    """`silu(modality_gemm(x, gates)) * modality_gemm(x, ups)`: the first half of a feed-forward, [T, Kin] -> [T, N].
+
+    gates and ups: M tensors [N, Kin] each; bounds, offsets and errors as for `modality_gemm`. impl: auto (triton on a GPU, else segments),
+    reference, segments, grouped_mm, triton (both products and the activation in one launch).
+    """
+    name = auto_triton(x, "segments") if impl == "auto" else impl
+    if name == "triton":
+        return _triton_swiglu(x, gates, ups, bounds, offsets)
+    gate, up = (modality_gemm(x, weights, bounds, offsets=offsets, impl=name) for weights in (gates, ups))
+    return swiglu(gate, up, impl="reference" if name == "reference" else "auto")
+
+
+def _segments(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: object, main_grads: object) -> torch.Tensor:
+    return reference.modality_gemm(x, weights, bounds, biases)
+
+
+def _grouped(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: object) -> torch.Tensor:
+    return grouped.modality_gemm(x, weights, biases, _offsets(x, weights, bounds, offsets))
+
+
+def _offsets(x: torch.Tensor, weights: Weights, bounds: Bounds, offsets: torch.Tensor | None) -> torch.Tensor:
+    if offsets is None:
+        check_bounds("modality_gemm", bounds, len(weights), len(x))
+    return device_offsets(bounds, offsets, len(weights), x, "modality_gemm")
+
+
+def _triton(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: Biases | None) -> torch.Tensor:
+    require_triton("modality_gemm", x)
+    from fusiontrain_kernels.modality_gemm import triton_ops
+
+    if main_grads is not None and (biases is not None or len(main_grads) != len(weights)):
+        raise ValueError(f"modality_gemm: main_grads: {len(main_grads)} for {len(weights)} weights: one per weight, and no biases")
+    filled = [] if biases is None else [weights[0].new_zeros(len(weights[0])) if bias is None else bias for bias in biases]
+    into = [] if main_grads is None else [weight if grad is None else grad for weight, grad in zip(weights, main_grads, strict=True)]
+    return triton_ops.gemm(x, list(weights), filled, _offsets(x, weights, bounds, offsets), into)
+
+
+def _triton_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bounds, offsets: torch.Tensor | None) -> torch.Tensor:
+    require_triton("modality_swiglu", x)
+    from fusiontrain_kernels.modality_gemm import triton_ops
+
+    return triton_ops.gemm_swiglu(x, list(gates), list(ups), _offsets(x, gates, bounds, offsets))[0]
+
+
+_IMPLEMENTATIONS = {"reference": _segments, "segments": _segments, "grouped_mm": _grouped, "triton": _triton}

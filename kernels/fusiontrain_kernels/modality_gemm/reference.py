@@ -10,9 +10,7 @@ from torch.nn import functional as F
 from fusiontrain_kernels._segments import check_bounds, join, segments
 
 
-def modality_gemm(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: tuple[int, ...], biases: Sequence[torch.Tensor | None] | None
-) -> torch.Tensor:
+def modality_gemm(x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: tuple[int, ...], biases: Sequence[torch.Tensor | None] | None) -> torch.Tensor:
     """See the package. One weight is a plain `F.linear`, so a tied model computes exactly what a dense one does."""
     check_bounds("modality_gemm", bounds, len(weights), len(x))
     biases = [None] * len(weights) if biases is None else biases

@@ -7,17 +7,58 @@ from collections.abc import Sequence
 import torch
 
 from fusiontrain_kernels._dispatch import choose
+from fusiontrain_kernels._launch import auto_triton, device_offsets, require_triton
+from fusiontrain_kernels._segments import check_bounds
 from fusiontrain_kernels.rms_norm import reference
 
-_IMPLEMENTATIONS = {"reference": reference.rms_norm}
+Bounds = tuple[int, ...]
 
 
-def rms_norm(x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: tuple[int, ...], eps: float, *, impl: str = "auto") -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: Bounds, eps: float, *, offsets: torch.Tensor | None = None, impl: str = "auto"
+) -> torch.Tensor:
     """`out[r] = weights[m] * x[r] / sqrt(mean(x[r]^2) + eps)` where row r lies in `bounds[m] <= r < bounds[m + 1]`.
 
     x [T, D]; weights: M tensors [D]; bounds: M + 1 host numbers from 0 to T, never decreasing. Returns [T, D]. The mean is taken in
     float32 at least, and the normed row is rounded to x's dtype before the weight, as Hugging Face's LlamaRMSNorm does.
-    A modality without rows gets a zero gradient, not None. impl: auto, reference.
-    Raises ValueError for an unknown impl and for bounds that do not fit.
+    offsets [M + 1] int32 on x's device: the same numbers; with them triton reads no bounds. A modality without rows gets a zero
+    gradient, not None. impl: auto (triton on a GPU, else reference), reference, triton.
+    Raises ValueError for an unknown impl, one that cannot run here, and bounds that do not fit.
     """
-    return choose("rms_norm", _IMPLEMENTATIONS, impl, auto="reference")(x, weights, bounds, eps)
+    return choose("rms_norm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, None, weights, bounds, eps, offsets)[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    bounds: Bounds,
+    eps: float,
+    *,
+    offsets: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(rms_norm(x + residual), x + residual)` in one pass; both [T, D]. The rest is as for `rms_norm`."""
+    return choose("add_rms_norm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, residual, weights, bounds, eps, offsets)
+
+
+def _reference(
+    x: torch.Tensor, residual: torch.Tensor | None, weights: Sequence[torch.Tensor], bounds: Bounds, eps: float, offsets: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    summed = x if residual is None else x + residual
+    return reference.rms_norm(summed, weights, bounds, eps), summed
+
+
+def _triton(
+    x: torch.Tensor, residual: torch.Tensor | None, weights: Sequence[torch.Tensor], bounds: Bounds, eps: float, offsets: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    require_triton("rms_norm", x)
+    from fusiontrain_kernels.rms_norm import triton_ops
+
+    if offsets is None:
+        check_bounds("rms_norm", bounds, len(weights), len(x))
+    out, summed, _ = triton_ops.rms_norm(x, residual, list(weights), device_offsets(bounds, offsets, len(weights), x, "rms_norm"), eps)
+    return out, summed
+
+
+_IMPLEMENTATIONS = {"reference": _reference, "triton": _triton}

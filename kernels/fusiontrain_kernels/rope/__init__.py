@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 
 from fusiontrain_kernels._dispatch import choose
+from fusiontrain_kernels._launch import auto_triton, require_triton
 from fusiontrain_kernels.rope import reference
 
-_IMPLEMENTATIONS = {"reference": reference.rope}
+
+def _triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    require_triton("rope", x)
+    from fusiontrain_kernels.rope import triton_ops
+
+    return triton_ops.rope(x, cos, sin, False)
+
+
+_IMPLEMENTATIONS = {"reference": reference.rope, "triton": _triton}
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """Turn the pairs (x[i], x[i + Dh / 2]) of every head by the row's angles.
 
     x [T, H, Dh], Dh even; cos and sin [T, Dh] in x's dtype, both halves carrying the same angles. Returns [T, H, Dh].
-    impl: auto, reference. Raises ValueError for another impl.
+    impl: auto (triton on a GPU, else reference), reference, triton (rounds once, at the end; no gradient for cos and sin).
+    Raises ValueError for another impl, and where triton cannot run.
     """
-    return choose("rope", _IMPLEMENTATIONS, impl, auto="reference")(x, cos, sin)
+    return choose("rope", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, cos, sin)

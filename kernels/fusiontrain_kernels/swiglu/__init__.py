@@ -5,11 +5,23 @@ from __future__ import annotations
 import torch
 
 from fusiontrain_kernels._dispatch import choose
+from fusiontrain_kernels._launch import auto_triton, require_triton
 from fusiontrain_kernels.swiglu import reference
 
-_IMPLEMENTATIONS = {"reference": reference.swiglu}
+
+def _triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    require_triton("swiglu", gate)
+    from fusiontrain_kernels.swiglu import triton_ops
+
+    return triton_ops.swiglu(gate, up)
+
+
+_IMPLEMENTATIONS = {"reference": reference.swiglu, "triton": _triton}
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
-    """`silu(gate) * up`, elementwise; both [T, F] of one dtype -> [T, F]. impl: auto, reference. Raises ValueError for another impl."""
-    return choose("swiglu", _IMPLEMENTATIONS, impl, auto="reference")(gate, up)
+    """`silu(gate) * up`, elementwise; both [T, F] of one dtype -> [T, F].
+
+    impl: auto (triton on a GPU, else reference), reference, triton. Raises ValueError for another impl, and where triton cannot run.
+    """
+    return choose("swiglu", _IMPLEMENTATIONS, impl, auto=auto_triton(gate, "reference"))(gate, up)

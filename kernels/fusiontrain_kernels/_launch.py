@@ -1,0 +1,82 @@
+"""Where Triton kernels can run, and what every launch of one has in common. Importable without Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, which needs no GPU. Triton reads the variable when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def auto_triton(x: torch.Tensor, otherwise: str) -> str:
+    """What impl="auto" means for a kernel with a Triton implementation: that one on a GPU, `otherwise` elsewhere."""
+    return "triton" if x.is_cuda and has_triton() else otherwise
+
+
+def require_triton(operator: str, x: torch.Tensor) -> None:
+    """Raises ValueError where impl="triton" cannot run on `x`."""
+    if not has_triton():
+        raise ValueError(f"{operator}: impl='triton': Triton is not installed: pip install triton, or choose another impl")
+    if not x.is_cuda and not interpreting():
+        raise ValueError(f"{operator}: impl='triton': x is on {x.device}: move it to a GPU, set TRITON_INTERPRET=1, or choose another impl")
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def architecture(x: torch.Tensor) -> int:
+    """Compute capability of x's GPU (90 for an H100), 0 for the interpreter."""
+    return _capability(x.device.index) if x.is_cuda else 0
+
+
+def nearest(table: dict[int, dict], capability: int) -> dict:
+    """The row of a table of configs for this architecture: its own, or the highest one below."""
+    return table[max(known for known in table if known <= capability)]
+
+
+def device_offsets(bounds: Sequence[int] | None, offsets: torch.Tensor | None, num_weights: int, x: torch.Tensor, operator: str) -> torch.Tensor:
+    """`offsets` if given, else `bounds` copied to x's device: [M + 1] int32. A caller with many launches should copy them once.
+
+    Raises ValueError if their number does not fit; their values stay on the device and are not read.
+    """
+    if offsets is None:
+        assert bounds is not None
+        return torch.tensor(bounds, dtype=torch.int32, device=x.device)
+    if offsets.shape != (num_weights + 1,) or offsets.dtype != torch.int32 or offsets.device != x.device:
+        raise ValueError(f"{operator}: offsets: must be int32 [{num_weights + 1}] on {x.device}, not {offsets.dtype} {list(offsets.shape)} on {offsets.device}")
+    return offsets
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x itself if the elements of its rows are neighbours in memory, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_device(x: torch.Tensor) -> torch.cuda.device_of:
+    """A context in which kernels are launched on x's GPU, whichever one is current outside."""
+    return torch.cuda.device_of(x)
+
+
+def accumulator(x: torch.Tensor) -> Any:
+    """The Triton dtype of sums over x's elements: float64 for float64, else float32."""
+    import triton.language as tl
+
+    return tl.float64 if x.dtype == torch.float64 else tl.float32

@@ -1,0 +1,130 @@
+"""The head and its loss some rows at a time, so that the logits of all rows never exist together.
+
+The gradients are made in the forward, where the logits are: they overwrite them, and the backward only scales. (As Liger-Kernel does,
+arXiv 2410.10989; unlike there the host asks for nothing, and the weight's gradient is summed in float32.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from fusiontrain_kernels._launch import on_device
+
+ROWS = {"chunked": 256, "triton": 1024}
+"""Rows of a chunk. 1024 rows of 128,256 bfloat16 logits are 0.26 GB; "chunked" has a float32 copy of them too."""
+
+
+def _softmax_torch(logits: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, losses: torch.Tensor, z_loss: float, differentiate: bool) -> None:
+    wide = logits.to(losses.dtype)
+    counted = (labels >= 0).to(losses.dtype)
+    target = labels.clamp(min=0)[:, None]
+    lse = wide.logsumexp(-1)
+    row_weights = loss_weights.to(losses.dtype) * counted
+    losses.copy_((lse - wide.gather(1, target)[:, 0] + z_loss * lse.square()) * row_weights)
+    if differentiate:
+        wide.sub_(lse[:, None]).exp_().mul_((row_weights * (1 + 2 * z_loss * lse))[:, None])
+        wide.scatter_add_(1, target, -row_weights[:, None])
+        logits.copy_(wide)
+
+
+def _softmax_triton(logits: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, losses: torch.Tensor, z_loss: float, differentiate: bool) -> None:
+    from fusiontrain_kernels.linear_cross_entropy import triton_kernels
+
+    with on_device(logits):
+        triton_kernels.launch(logits, labels, loss_weights, losses, z_loss, differentiate)
+
+
+def _add_product(into: torch.Tensor, logits_grad: torch.Tensor, hidden: torch.Tensor, impl: str) -> None:
+    """into += logits_grad.T @ hidden, with the sum in into's dtype."""
+    if into.dtype == hidden.dtype:
+        into.addmm_(logits_grad.T, hidden)
+    elif impl == "triton":
+        from fusiontrain_kernels.modality_gemm.triton_ops import accumulate
+
+        offsets = torch.arange(2, dtype=torch.int32, device=hidden.device) * len(hidden)
+        accumulate(hidden, logits_grad, [into], offsets, [True])
+    else:
+        into.add_(logits_grad.T @ hidden)
+
+
+@torch.library.custom_op("fusiontrain::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    loss_weights: torch.Tensor,
+    z_loss: float,
+    hidden_live: bool,
+    weight_live: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> loss, its gradients to hidden [n, D] and weight [V, D] (no elements where not live). impl: chunked, triton."""
+    softmax = _softmax_triton if impl == "triton" else _softmax_torch
+    rows = ROWS[impl]
+    losses, hidden_grad, weight_grad = _outputs(hidden, weight, hidden_live, weight_live, rows)
+    weight_grad.zero_()
+    for low in range(0, len(hidden), rows):
+        chunk = slice(low, low + rows)
+        logits = hidden[chunk] @ weight.T
+        softmax(logits, labels[chunk], loss_weights[chunk], losses[chunk], z_loss, hidden_live or weight_live)
+        if hidden_live:
+            torch.mm(logits, weight, out=hidden_grad[chunk])
+        if weight_live:
+            _add_product(weight_grad, logits, hidden[chunk], impl)
+    return losses.sum(), hidden_grad, weight_grad
+
+
+def _outputs(hidden: torch.Tensor, weight: torch.Tensor, hidden_live: bool, weight_live: bool, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    hidden_grad = hidden.new_empty(hidden.shape if hidden_live else (0,))
+    weight_grad = weight.new_empty(weight.shape if weight_live else (0,), dtype=weight.dtype if len(hidden) <= rows else wide)
+    return hidden.new_empty(len(hidden), dtype=wide), hidden_grad, weight_grad
+
+
+@linear_cross_entropy.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    loss_weights: torch.Tensor,
+    z_loss: float,
+    hidden_live: bool,
+    weight_live: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    losses, hidden_grad, weight_grad = _outputs(hidden, weight, hidden_live, weight_live, ROWS[impl])
+    return losses.new_empty(()), hidden_grad, weight_grad
+
+
+def _save(ctx, inputs, output) -> None:
+    _, weight, _, _, _, ctx.hidden_live, ctx.weight_live, _ = inputs
+    _, hidden_grad, weight_grad = output
+    ctx.dtype = weight.dtype
+    ctx.mark_non_differentiable(hidden_grad, weight_grad)
+    ctx.save_for_backward(hidden_grad, weight_grad)
+
+
+def _backward(ctx, grad: torch.Tensor, *_unused: object):
+    hidden_grad, weight_grad = ctx.saved_tensors
+    scaled = (hidden_grad * grad).to(hidden_grad.dtype) if ctx.hidden_live else None
+    return scaled, (weight_grad * grad).to(ctx.dtype) if ctx.weight_live else None, *[None] * 6
+
+
+linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.fusiontrain.linear_cross_entropy)
+def _flops(
+    hidden: tuple[int, int],
+    weight: tuple[int, int],
+    labels: object,
+    loss_weights: object,
+    z_loss: float,
+    hidden_live: bool,
+    weight_live: bool,
+    *_: object,
+    **__: object,
+) -> int:
+    """Products with the head, for torch's counter, which does not look inside operators."""
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 + hidden_live + weight_live)
