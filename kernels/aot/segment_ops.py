@@ -66,6 +66,7 @@ def gemm_rows(configs: dict[str, Config], dtype: str, even: bool = True, label: 
 
 
 def norm_rows(dim: int, block: int) -> Iterator[Row]:
+    """rms_norm over rows of `dim`, forward with the residual and backward."""
     pair, common = ("*bf16",) * M, {"M": M, "ACC": tl.float32, "BLOCK": block}
     warps = norm_ops.num_warps(block)
     sig = signature("bf16", x=True, residual=True, weights=pair, out=True, summed=True, rstds="*fp32")
@@ -76,6 +77,7 @@ def norm_rows(dim: int, block: int) -> Iterator[Row]:
 
 
 def rowwise_rows() -> Iterator[Row]:
+    """The kernels without a product: they are bound by memory and need no tensor cores."""
     for dim in (2048, 4096, 8192):
         yield from norm_rows(dim, dim)
     options = {"M": M, "LIVE": 2**M - 1, "ACC": tl.float32, "ROWS": norm_ops.ROWS, "BLOCK": norm_ops.COLUMNS, "STEP": norm_ops.STEP}
@@ -93,6 +95,7 @@ def rowwise_rows() -> Iterator[Row]:
 
 
 def rows(capability: int) -> Iterator[Row]:
+    """All of them, with the tables of `capability`."""
     small, wide = (dict.fromkeys(nearest(CONFIGS, capability), config) for config in (SMALL, FLOAT32))
     yield from gemm_rows(nearest(CONFIGS, capability), "bf16")
     yield from gemm_rows(small, "bf16", even=False, label=" small")

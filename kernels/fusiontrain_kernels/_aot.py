@@ -111,6 +111,7 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, int]:
 
 
 def shipped_cases(target: str) -> Iterable[Case]:
+    """What each operator with a file `aot.py` ships for `target`."""
     for operator in OPERATORS:
         module = f"fusiontrain_kernels.{operator}.aot"
         if find_spec(module) is not None:
@@ -118,6 +119,7 @@ def shipped_cases(target: str) -> Iterable[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m fusiontrain_kernels._aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=" ".join(TARGETS))
     parser.add_argument("--only", default="", help="cases whose name contains this")

@@ -21,6 +21,7 @@ _TYPES = {"key_ranges": "*i32", "query_ranges": "*i32", "grad_rows": "*i32", "ls
 
 
 def cases(target: str) -> Iterable[Case]:
+    """Every kernel at every head dim, with the tiles of `target`'s architecture."""
     for head_dim in (64, 96, 128, 256):
         for name in _KERNELS:
             padded = 128 if head_dim == 96 else head_dim
@@ -28,6 +29,7 @@ def cases(target: str) -> Iterable[Case]:
 
 
 def case(name: str, head_dim: int, config: configs.Config) -> Case:
+    """The kernel called `name` as a model of `head_dim` launches it."""
     kernel = _KERNELS[name]
     scale = head_dim**-0.5
     values = {

@@ -92,6 +92,7 @@ def _forward_tiles(acc, top, total, q, k, v, low, high, begin, end, k_row, v_row
 def forward_kernel(q, k, v, key_ranges, out, lse, num_rows, q_row, q_head, k_row, k_head, v_row, v_head, H: tl.constexpr,
                    GROUP: tl.constexpr, G: tl.constexpr, SCALE2: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """out [T, H, D] and lse [H, T] of BM queries of one head."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # late rows see more: they start first
     head = tl.program_id(1)
     rows = start + tl.arange(0, BM)
@@ -149,6 +150,7 @@ def _dq_tiles(acc, q, do, lse, delta, k, v, low, high, begin, end, k_row, v_row,
 def dq_kernel(q, k, v, key_ranges, grad_rows, d_out, lse, delta, dq, num_rows, q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head,
               H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, NUM_GRAD: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr,
               D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """dq [T, H, D] of BM queries of one head; zeros for rows whose gradient nobody asks for, whose keys are not visited."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head = tl.program_id(1)
     rows = start + tl.arange(0, BM)
