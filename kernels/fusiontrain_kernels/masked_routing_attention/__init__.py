@@ -16,7 +16,7 @@ def _triton(
     return _triton_operator()(q, k, v, key_ranges, query_ranges, scale)
 
 
-def _triton_operator():  # type: ignore[no-untyped-def]
+def _triton_operator():
     if find_spec("triton") is None:
         raise RuntimeError("masked_routing_attention: impl='triton' needs the package triton, which is not installed here")
     from fusiontrain_kernels.masked_routing_attention import triton_op

@@ -212,11 +212,14 @@ def dkdv_kernel(q, k, v, query_ranges, grad_rows, d_out, lse, delta, dk, dv, num
         low, high, first, first_full, last_full, last = _intervals(query_ranges, keys, num_rows, g, G, BM)
         qh, doh, lseh, deltah = q + head * q_head, d_out + head * o_head, lse + head * num_rows, delta + head * num_rows
         dk_acc, dv_acc = _dkdv_tiles(
-            dk_acc, dv_acc, key_tile, value_tile, qh, doh, lseh, deltah, low, high, first, first_full, q_row, o_row, num_rows, SCALE2, D, DP, BM, ACC, True)  # fmt: skip
+            dk_acc, dv_acc, key_tile, value_tile, qh, doh, lseh, deltah,
+            low, high, first, first_full, q_row, o_row, num_rows, SCALE2, D, DP, BM, ACC, True)  # fmt: skip
         dk_acc, dv_acc = _dkdv_tiles(
-            dk_acc, dv_acc, key_tile, value_tile, qh, doh, lseh, deltah, low, high, first_full, last_full, q_row, o_row, num_rows, SCALE2, D, DP, BM, ACC, False)  # fmt: skip
+            dk_acc, dv_acc, key_tile, value_tile, qh, doh, lseh, deltah,
+            low, high, first_full, last_full, q_row, o_row, num_rows, SCALE2, D, DP, BM, ACC, False)  # fmt: skip
         dk_acc, dv_acc = _dkdv_tiles(
-            dk_acc, dv_acc, key_tile, value_tile, qh, doh, lseh, deltah, low, high, last_full, last, q_row, o_row, num_rows, SCALE2, D, DP, BM, ACC, True)  # fmt: skip
+            dk_acc, dv_acc, key_tile, value_tile, qh, doh, lseh, deltah,
+            low, high, last_full, last, q_row, o_row, num_rows, SCALE2, D, DP, BM, ACC, True)  # fmt: skip
     kv_row = (H // GROUP) * D
     _store_rows(dk + kv_head * D, start, kv_row, num_rows, tl.where(wanted[:, None], dk_acc * SCALE, 0.0), BN, D, DP)
     _store_rows(dv + kv_head * D, start, kv_row, num_rows, tl.where(wanted[:, None], dv_acc, 0.0), BN, D, DP)

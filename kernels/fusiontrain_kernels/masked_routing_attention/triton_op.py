@@ -107,7 +107,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_ranges: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Writes out [T, H, Dh] and lse [H, T], both contiguous. lse is in base 2, of the scaled scores."""
-    num_rows, num_heads, head_dim = q.shape
+    num_rows, num_heads, _ = q.shape
     if num_rows == 0:
         return
     q, k, v = map(_unit_stride, (q, k, v))
@@ -134,7 +134,7 @@ def backward(
     dv: torch.Tensor,
 ) -> None:
     """Writes dq, dk and dv, all contiguous."""
-    num_rows, num_heads, head_dim = q.shape
+    num_rows, num_heads, _ = q.shape
     if num_rows == 0:
         return
     d_out, q, k, v = map(_unit_stride, (d_out, q, k, v))
