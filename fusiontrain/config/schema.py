@@ -142,8 +142,22 @@ class ParallelConfig(Section):
 
 
 class KernelsConfig(Section):
-    impl: Literal["auto", "reference", "chunked"] = Field(
-        "auto", description="attention: reference = dense mask, the specification; chunked = query chunks over their key ranges"
+    impl: Literal["auto", "reference", "triton"] = Field(
+        "auto",
+        description="for every operator that is null below. auto: the best one for the device, the log says which; reference: the specification, "
+        "slow; triton: a GPU. An implementation that is asked for by name and cannot run ends the run",
+    )
+    attention: Literal["auto", "reference", "chunked", "sdpa", "triton"] | None = Field(
+        None, description="chunked: query chunks over their key ranges; sdpa: torch's own with a dense mask"
+    )
+    gemm: Literal["auto", "reference", "segments", "grouped_mm", "triton"] | None = Field(
+        None, description="segments: one GEMM per modality; grouped_mm: torch's own; triton: one launch, with SwiGLU in it where swiglu is triton too"
+    )
+    norm: Literal["auto", "reference", "triton"] | None = Field(None, description="triton: the residual is added in the same pass")
+    rope: Literal["auto", "reference", "triton"] | None = None
+    swiglu: Literal["auto", "reference", "triton"] | None = None
+    cross_entropy: Literal["auto", "reference", "chunked", "triton"] | None = Field(
+        None, description="chunked and triton never hold the logits of all rows; reference does"
     )
 
 
