@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fusiontrain.config.schema import ImageDataConfig
-from fusiontrain.data.modalities.image import to_rgb
+from fusiontrain.data.modalities.decoders import to_rgb
 from fusiontrain.generate.guidance import Grid
 from fusiontrain.models.fusion import FusionModel
 from fusiontrain.models.modalities.patches import patchify
