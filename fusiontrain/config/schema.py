@@ -75,7 +75,7 @@ class ImageDataConfig(Section):
         "auto", description="of JPEGs; auto: simplejpeg where it is installed, which must then be so on all machines of a run"
     )
     resize: Literal["square", "stretch", "native"] = Field(
-        "square", description="square: centre-cropped to size x size pixels; stretch: all of it to that; native: its own shape, min_tokens to max_tokens patches"
+        "square", description="square: cropped to size x size pixels; stretch: all of it to that; native: its own shape in min_tokens to max_tokens patches"
     )
     size: int = Field(256, ge=4, description="side of a picture in pixels; with resize: native, of those that sampling paints")
     min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
