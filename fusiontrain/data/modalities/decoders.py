@@ -119,7 +119,7 @@ def dct_scale(height: int, width: int, turn: int, target: tuple[int, int]) -> in
 def _finished(image: Image.Image, turn: int, target: tuple[int, int], config: ImageDataConfig) -> np.ndarray:
     if turn in UPRIGHT:
         image = image.transpose(UPRIGHT[turn])
-    return np.asarray(resized(image, *target, config))
+    return np.asarray(resized(image, *target, crop=config.resize == "square"))
 
 
 def orientation(image: Image.Image) -> int:

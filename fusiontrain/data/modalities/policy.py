@@ -56,14 +56,14 @@ def _around(length: float) -> tuple[int, int]:
 
 def _distortion(grid: Grid, height: int, width: int) -> float:
     """How much one side is stretched more than the other, from 1 on."""
-    ratio = grid[0] * width / (grid[1] * height)
-    return max(ratio, 1 / ratio)
+    down, across = grid[0] * width, grid[1] * height
+    return max(down, across) / min(down, across)
 
 
-def resized(image: Image.Image, height: int, width: int, config: ImageDataConfig) -> Image.Image:
-    """The picture at exactly that size by bicubic filtering: cropped in the middle with `resize: square`, else all of it."""
+def resized(image: Image.Image, height: int, width: int, crop: bool) -> Image.Image:
+    """The picture at exactly that size by bicubic filtering: its middle in that shape with `crop`, else all of it."""
     if image.size == (width, height):
         return image
-    if config.resize == "square":
+    if crop:
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return image.resize((width, height), Image.Resampling.BICUBIC)
