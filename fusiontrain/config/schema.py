@@ -71,7 +71,15 @@ class TokenizerConfig(Section):
 
 
 class ImageDataConfig(Section):
-    size: int = Field(256, ge=4, description="images are centre-cropped and resized to size x size pixels")
+    decoder: Literal["auto", "pillow", "simplejpeg"] = Field(
+        "auto", description="of JPEGs; auto: simplejpeg where it is installed, which must then be so on all machines of a run"
+    )
+    resize: Literal["square", "stretch", "native"] = Field(
+        "square", description="square: cropped to size x size pixels; stretch: all of it to that; native: its own shape in min_tokens to max_tokens patches"
+    )
+    size: int = Field(256, ge=4, description="side of a picture in pixels; with resize: native, of those that sampling paints")
+    min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
+    max_tokens: int = Field(1024, ge=1, description="resize: native: patches that a larger picture is scaled down to")
     patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
     representation: Literal["pixels", "latents"] = Field("pixels", description="latents: .latent.npy members [C, H, W]")
     channels: int = Field(3, ge=1, description="3 for pixels; the latent's channels otherwise")

@@ -53,8 +53,10 @@ def uses_images(config: Config) -> bool:
 
 
 def image_tokens(config: Config) -> int | None:
-    """Patches of one picture, or None where they depend on the files (latents made ahead of time)."""
+    """Patches of one picture, the most that it may have, or None where they depend on the files (latents made ahead of time)."""
     image = config.data.image
+    if image.representation == "pixels" and image.resize == "native":
+        return image.max_tokens
     return (image.size // image.patch_size) ** 2 if image.representation == "pixels" else None
 
 
@@ -100,6 +102,14 @@ def _images(config: Config) -> Iterator[Problem]:
         yield Problem("data.image.size", f"{image.size} is no multiple of data.image.patch_size={image.patch_size}")
     if image.representation == "pixels" and image.channels != PIXEL_CHANNELS:
         yield Problem("data.image.channels", f"is {image.channels}, but pixels have {PIXEL_CHANNELS}; use latents or set it to {PIXEL_CHANNELS}")
+    if image.resize == "native" and image.min_tokens > image.max_tokens:
+        yield Problem("data.image.min_tokens", f"{image.min_tokens} is more than data.image.max_tokens={image.max_tokens}")
+    painted = (image.size // image.patch_size) ** 2
+    if image.representation == "pixels" and image.resize == "native" and painted > image.max_tokens:
+        yield Problem(
+            "data.image.size", f"{image.size}: a square of that side, which sampling paints, has {painted} patches, more than "
+            f"data.image.max_tokens={image.max_tokens}; lower the size"
+        )  # fmt: skip
     tokens = image_tokens(config)
     if tokens is not None and length < tokens + MARKER_TOKENS:
         yield Problem(

@@ -11,7 +11,7 @@ from fusiontrain.data.documents import MARKERS_PER_IMAGE
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.mixture import MixedSource
-from fusiontrain.data.modalities.image import grid_of
+from fusiontrain.data.modalities.policy import grid_of
 from fusiontrain.modality import IMAGE
 
 
