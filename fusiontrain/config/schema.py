@@ -52,13 +52,14 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str = Field(..., description="a tar, a folder of tars, a glob, or a brace range such as shard-{000..015}.tar")
+    path: str = Field(..., description="a tar or .jsonl, a folder of them, a glob, or a brace range such as shard-{000..015}.tar")
     weight: float = Field(1.0, gt=0, description="share relative to the other sources, of documents or tokens as data.mix_by says")
     weight_schedule: tuple[tuple[int, float], ...] = Field(
         (), description="[[document, weight], ...]: the weight from that document of the mixed stream on; `data plan` shows where a step lies"
     )
     max_epochs: int | None = Field(None, ge=1, description="the source leaves the mixture after so many; null for never")
     format: Literal["auto", "interleaved", "captions"] = "auto"
+    text_key: str | None = Field(None, min_length=1, description="field of the json that holds the text, a.b for nested ones; null looks for the usual names")
     image_first_probability: float = Field(0.2, ge=0, le=1, description="caption pairs only: share shown as image then caption (Transfusion 4.1: 0.2)")
 
 

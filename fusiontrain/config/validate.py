@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _images, _data_order, _batch, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _images, _formats, _data_order, _batch, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -123,6 +123,13 @@ def _images(config: Config) -> Iterator[Problem]:
         yield Problem("objective", "text_weight and image_weight are both 0, so there is nothing to learn")
 
 
+def _formats(config: Config) -> Iterator[Problem]:
+    for name in ("sources", "validation_sources"):
+        for index, source in enumerate(getattr(config.data, name)):
+            if source.text_key is not None and source.format == "interleaved":
+                yield Problem(f"data.{name}.{index}.text_key", f"is {source.text_key!r}, but an interleaved document's texts are in 'texts'; set it to null")
+
+
 def _data_order(config: Config) -> Iterator[Problem]:
     for index, source in enumerate(config.data.sources):
         schedule = source.weight_schedule
@@ -205,7 +212,7 @@ def _missing_files(config: Config) -> Iterator[Problem]:
     for name, sources in lists:
         for index, source in enumerate(sources):
             if not _found(source):
-                yield Problem(f"{name}.{index}.path", f"{source.path} matches no tar file")
+                yield Problem(f"{name}.{index}.path", f"{source.path} matches no tar file or .jsonl")
 
 
 def _found(source: SourceConfig) -> bool:
@@ -213,5 +220,5 @@ def _found(source: SourceConfig) -> bool:
     if "://" in path:  # not on this disk
         return True
     if Path(path).is_dir():
-        return any(Path(path).glob("*.tar"))
+        return any(any(Path(path).glob(pattern)) for pattern in ("*.tar", "*.jsonl"))
     return bool(glob.glob(re.sub(r"\{[^{}]*\}", "*", path)))  # a brace range as a wildcard: some of it is there

@@ -14,6 +14,7 @@ from PIL import __version__ as pillow_version
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
+from fusiontrain.data.formats.pieces import split_page
 from fusiontrain.data.image_header import has_exif
 from fusiontrain.data.modalities.policy import grid_of, resized
 from fusiontrain.utils.errors import UserError
@@ -92,6 +93,7 @@ def _by_simplejpeg(suffix: str, data: bytes, height: int, width: int, config: Im
 
 def _by_pillow(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as opened:
+        opened.seek(split_page(suffix)[1])
         height, width = opened.height, opened.width
         refuse_bomb(suffix, height, width)
         turn = orientation(opened)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX
+from fusiontrain.data.formats.pieces import LATENT_SUFFIX, split_page
 from fusiontrain.data.image_header import has_exif, header_size
 from fusiontrain.data.modalities.decoders import MAX_PIXELS, decode_pixels, orientation, refuse_bomb
 from fusiontrain.data.modalities.policy import whole_patches
@@ -22,11 +22,12 @@ def image_size(suffix: str, data: bytes) -> tuple[int, int]:
     if suffix.endswith(LATENT_SUFFIX):
         array = _load_latent(data)
         return array.shape[1], array.shape[2]
-    size = header_size(data)
-    if size is not None and size[0] * size[1] <= MAX_PIXELS and not has_exif(data):
+    size, page = header_size(data), split_page(suffix)[1]
+    if size is not None and not page and size[0] * size[1] <= MAX_PIXELS and not has_exif(data):
         return size
     try:
         with Image.open(io.BytesIO(data)) as image:
+            image.seek(page)
             height, width = image.height, image.width
             turned = orientation(image) >= 5
     except Exception as error:  # Pillow's readers, given damaged bytes, raise nearly anything
