@@ -27,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("--text-key", metavar="FIELD", help="field of the json that holds the text, as data.sources.N.text_key")
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
+        parser.add_argument("--out", metavar="DIR", help="keep the index there, for shards in a read-only place; a training needs data.index_dir=DIR then")
     index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
     inspect.add_argument("--sample", type=int, default=0, help="number of the sample (default: 0)")
     plan = actions.add_parser("plan", help="what the first steps of a training will hold: no sample is read")
@@ -68,38 +69,44 @@ def _kind(args: argparse.Namespace) -> str:
     return source_kind(SourceConfig(path=args.shards[0], format=args.format, text_key=args.text_key))
 
 
-def _indexed(args: argparse.Namespace) -> list[tuple[Path, Any, int | None]]:
-    """(shard, index, text tokens or None) of every shard, with a bar on a terminal."""
+def _indexed(args: argparse.Namespace) -> Any:
+    """The shards with their indexes and, with --tokenizer, their tokens; what is missing is built, with a bar on a terminal."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from fusiontrain.config.schema import TokenizerConfig
-    from fusiontrain.data.index_cache import build_all
+    from fusiontrain.data.index_cache import Reading, measure_shards
     from fusiontrain.data.shards import expand_shards
+    from fusiontrain.data.tokenizer import tokenizer_at
 
-    shards = [shard for path in args.shards for shard in expand_shards(path)]
-    tokenizer = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
+    shards = list(dict.fromkeys(shard for path in args.shards for shard in expand_shards(path)))
+    how = Reading(_kind(args), False, None if args.out is None else Path(args.out))
+    source = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        return list(progress.track(build_all(shards, _kind(args), False, tokenizer, args.workers), len(shards), description="shards"))
+    columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("shards", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return measure_shards(shards, how, tokenizer_at(*source) if source else None, args.workers, source, show)
 
 
 def _index(args: argparse.Namespace) -> dict[str, Any]:
     from fusiontrain.data.exclude import exclude, read_exclusions
-    from fusiontrain.data.index import IMAGE_PIECE
 
-    indexed = _indexed(args)
-    excluded = exclude([shard for shard, *_ in indexed], read_exclusions(Path(args.exclude)) if args.exclude else {})
-    indexes = [index for _, index, _ in indexed]
-    tokens = [count for *_, count in indexed if count is not None]
+    found = _indexed(args)
+    excluded = exclude(found.shards, read_exclusions(Path(args.exclude)) if args.exclude else {}, None if args.out is None else Path(args.out))
+    rows = found.indexes.rows
     return {
-        "shards": len(indexes),
-        "samples": sum(map(len, indexes)),
-        "unusable samples": sum(len(index.bad) for index in indexes),
+        "shards": len(rows),
+        "samples": sum(row.documents for row in rows),
+        "unusable samples": sum(row.unusable for row in rows),
         "excluded samples": excluded,
-        "images": sum(int((index.kinds == IMAGE_PIECE).sum()) for index in indexes),
-        "text bytes": sum(int(index.text_bytes.sum()) for index in indexes),
-        **({"text tokens": sum(tokens)} if tokens else {}),
+        "images": sum(row.images for row in rows),
+        "text bytes": sum(row.text_bytes for row in rows),
+        **({"text tokens": sum(row.tokens for row in found.tokens.rows)} if found.tokens is not None else {}),
     }
 
 
@@ -109,7 +116,8 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
 
     problems: list[str] = []
     samples = 0
-    for shard, index, _ in _indexed(args):
+    found = _indexed(args)
+    for shard, index in zip(found.shards, found.indexes, strict=True):
         problems += verify_shard(shard, index)
         samples += len(index)
     if problems:
@@ -123,12 +131,14 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     from fusiontrain.data.index import member_reader
 
     number = args.sample
-    indexed = _indexed(args)
-    while indexed and number >= len(indexed[0][1]):
-        number -= len(indexed.pop(0)[1])
-    if not indexed:
+    found = _indexed(args)
+    place = 0
+    while place < len(found.shards) and number >= found.indexes.rows[place].documents:
+        number -= found.indexes.rows[place].documents
+        place += 1
+    if place == len(found.shards):
         raise UserError(f"--sample {args.sample}: the shards hold fewer usable samples")
-    shard, index, _ = indexed[0]
+    shard, index = found.shards[place], found.indexes[place]
     descriptor = os.open(shard, os.O_RDONLY)
     try:
         members = index.members(number)

@@ -103,6 +103,7 @@ class DataConfig(Section):
         "truncate", description="documents longer than sequence_length; split: into several, at the borders of texts and images"
     )
     pack_window_documents: int = Field(1024, ge=1, description="documents that are packed together, best fit decreasing")
+    index_dir: str | None = Field(None, description="folder for the indexes of the shards, as of `data index --out`; default: beside the shards")
     from_step: tuple[tuple[int, int], ...] = Field(
         (), description="[[step, data step], ...]: from that step of the training on, the data of the data step on; to skip a loss spike"
     )

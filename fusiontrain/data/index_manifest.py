@@ -1,0 +1,98 @@
+"""What a start must know of every shard of a folder, in one file, so that it opens that and none of the others.
+
+A manifest is written for each thing that is measured: the index of the shards, and their token ids for each tokenizer. It says of which shard
+(size and time) and with what result; whether the shards are still those is seen by looking at their size and time, without opening them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+from fusiontrain.data.array_file import write_whole
+
+VERSION = 6
+
+
+class Stat(NamedTuple):
+    """By what a shard that was changed is told from the one that was measured."""
+
+    size: int
+    mtime_ns: int
+
+
+class IndexRow(NamedTuple):
+    """The index of a shard: the shard's name and state, the name of the file, a hash of what the plan depends on, and what is in it."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    file: str
+    digest: str
+    documents: int
+    unusable: int
+    images: int
+    text_bytes: int
+
+
+class TokensRow(NamedTuple):
+    """The token ids of a shard, likewise."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    file: str
+    digest: str
+    tokens: int
+
+
+R = TypeVar("R", IndexRow, TokensRow)
+
+
+@dataclass(frozen=True)
+class Measure(Generic[R]):
+    """A thing that is measured of shards and kept in a file for each. depends_on: all that the result depends on, but for the shard."""
+
+    what: str
+    row: type[R]
+    depends_on: tuple[object, ...]
+
+    @property
+    def manifest(self) -> str:
+        """The name of the manifest's file."""
+        return f"manifest.{_hash(*self.depends_on)}.{self.what}.json"
+
+    def file(self, shard: Path, stat: Stat) -> str:
+        """The name of the file for a shard. It holds a hash of what the content depends on, so a file that is there is right."""
+        return f"{shard.stem}.{_hash(shard.name, *stat, *self.depends_on)}.{self.what}"
+
+
+def read_manifest(path: Path, measure: Measure[R]) -> dict[str, R]:
+    """The rows by name of shard; none where there is no such file, or it is damaged or of another version."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content["version"] != VERSION:
+            return {}
+        columns = [content["columns"][field] for field in measure.row._fields]
+        return {row.name: row for row in map(measure.row._make, zip(*columns, strict=True))}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def add_to_manifest(path: Path, measure: Measure[R], rows: Iterable[R]) -> None:
+    """Put rows in the place of older ones of the same shards. Raises OSError.
+
+    Of two processes that add at once, the rows of one may be missing afterwards: then their files are found by name.
+    """
+    table = read_manifest(path, measure) | {row.name: row for row in rows}
+    by_name: Sequence[R] = [table[name] for name in sorted(table)]
+    columns = dict(zip(measure.row._fields, map(list, zip(*by_name, strict=True)), strict=True))
+    write_whole(path, [json.dumps({"version": VERSION, "columns": columns}).encode()])
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(repr((VERSION, *values)).encode()).hexdigest()[:16]
