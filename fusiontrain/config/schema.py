@@ -108,8 +108,11 @@ class DataConfig(Section):
         (), description="[[step, data step], ...]: from that step of the training on, the data of the data step on; to skip a loss spike"
     )
     max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="stop when more than this share of documents is unreadable")
-    num_workers: int = Field(1, ge=0, description="threads that build batches ahead; 0 builds them in the training loop")
-    prefetch_batches: int = Field(4, ge=1)
+    executor: Literal["threads", "processes"] = Field("threads", description="what builds batches ahead")
+    num_workers: int = Field(1, ge=0, description="threads or processes per rank that build batches ahead; 0 builds them in the training loop")
+    prefetch_bytes: int = Field(
+        256 * 2**20, ge=1, description="memory per rank for batches that are built ahead; at least three steps are held, whatever their size"
+    )
 
 
 class ObjectiveConfig(Section):
