@@ -109,7 +109,7 @@ def test_lines_train_beside_tars_of_one_folder_each_once_per_epoch(tmp_path):
     seen = {}
     for step in range(40):
         for sequence in loader.plan.step(step):
-            for planned, document in zip(sequence.documents, loader._read(sequence).documents, strict=True):
+            for planned, document in zip(sequence.documents, loader.builder.read(sequence, []).documents, strict=True):
                 if planned.epoch == 0:
                     assert planned.sample not in seen
                     seen[planned.sample] = tokenizer.decode([t for s in document.segments for t in s.token_ids.tolist() if t < 256])
