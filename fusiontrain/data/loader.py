@@ -95,8 +95,13 @@ class Loader:
             self.plan.begin_at(Anchor(start.window, start.sequence))
             start = start.step
         build_all = self._build_in_turn if self.config.data.num_workers == 0 else self._build_ahead
-        for step, batches in enumerate(build_all(start), start + 1):
+        step = start
+        for found in build_all(start):
+            step += 1
+            batches = tuple(self._used(built, step) for built in found)
+            del found
             yield batches, self._state(step)
+            del batches  # or its memory would still be taken when the next step is asked for
 
     def close(self) -> None:
         """End threads and processes and close the shards. Open iterators are over; the loader may be iterated anew."""
@@ -110,29 +115,22 @@ class Loader:
             self.workers.close()
         self.builder.close()
 
-    def _build_in_turn(self, step: int) -> Iterator[tuple[Batch, ...]]:
+    def _build_in_turn(self, step: int) -> Iterator[list[Built]]:
         while (micro_batches := self._micro_batches(step)) is not None:
-            found = [self.builder.build(sequences) for sequences in micro_batches]
-            for built in found:
-                self._count(built, step)
-            yield tuple(to_batch(built.arrays) for built in found)
+            yield [self.builder.build(sequences) for sequences in micro_batches]
             step += 1
 
-    def _build_ahead(self, step: int) -> Iterator[tuple[Batch, ...]]:
+    def _build_ahead(self, step: int) -> Iterator[list[Built]]:
         data, train = self.config.data, self.config.train
         share = train.global_batch_sequences // self.world_size
         size = train.micro_batch_sequences or share
-        build = self._build_in_thread if data.executor == "threads" else functools.partial(self._build_in_process, make_job(self.sources, data, self.tokenizer))
+        build = self._build_in_thread if data.executor == "threads" else self._build_in_process
         run = Ahead(
             self._micro_batches, build, -(-share // size), most_bytes(size, data), data.prefetch_bytes, data.num_workers, torch.cuda.is_available()
         )
         self._runs.append(run)
         try:
-            for found in run.steps(step):
-                batches = tuple(map(to_batch, found))
-                del found
-                yield batches
-                del batches
+            yield from run.steps(step)
         finally:
             self._end(run)
 
@@ -142,22 +140,28 @@ class Loader:
             run.close()
             self.workers.forget(run.ring)
 
-    def _build_in_thread(self, step: int, sequences: MicroBatch, ring: Ring) -> tuple[Built, np.ndarray]:
+    def _build_in_thread(self, sequences: MicroBatch, ring: Ring) -> tuple[Built, np.ndarray]:
         _, memory = ring.lease()
-        return self._count(self.builder.build(sequences, Arena(memory).allocate), step), memory
+        return self.builder.build(sequences, Arena(memory).allocate), memory
 
-    def _build_in_process(self, job: Job, step: int, sequences: MicroBatch, ring: Ring) -> tuple[Built, np.ndarray]:
-        built, memory = self.workers.build(job, sequences, ring)
-        return self._count(built, step), memory
+    def _build_in_process(self, sequences: MicroBatch, ring: Ring) -> tuple[Built, np.ndarray]:
+        return self.workers.build(self._job, sequences, ring)
 
-    def _count(self, built: Built, step: int) -> Built:
-        """Count the sound documents and the bad ones. Raises UserError where these are too many."""
+    @functools.cached_property
+    def _job(self) -> Job:
+        return make_job(self.sources, self.config.data, self.tokenizer)
+
+    def _used(self, built: Built, step: int) -> Batch:
+        """A micro-batch that the trainer takes: only now its documents are counted, so that no count depends on what was built ahead.
+
+        Raises UserError where too many are bad.
+        """
         for verdict in built.verdicts:
             if verdict is None:
                 self.log.good()
             else:
-                self.log.add(verdict.ref, verdict.error, step=step + 1 if self.plan.training else 0, offset=verdict.offset)
-        return built
+                self.log.add(verdict.ref, verdict.error, step=step if self.plan.training else 0, offset=verdict.offset)
+        return to_batch(built.arrays)
 
     def _micro_batches(self, step: int) -> list[MicroBatch] | None:
         """This rank's sequences of a step, as they are collated together; None behind the last step of a validation."""

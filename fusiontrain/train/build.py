@@ -62,7 +62,7 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     require_same_data_on_ranks(gather_objects(loader.fields))
     validation_loader = None
     if config.data.validation_sources:
-        validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size)
+        validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size, loader.workers)
     model = build_model(config, ranks.device)
     embeddings = embedding_names(model)
     parameters = parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device)

@@ -11,7 +11,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import numpy as np
 
-from fusiontrain.data.batch_arrays import BatchArrays
 from fusiontrain.data.execute.build import Built
 from fusiontrain.data.execute.job import copied
 from fusiontrain.data.execute.pin import fence, pin, unpin
@@ -27,7 +26,7 @@ STEPS_WITH_THE_TRAINER = 2
 """The one it has and, until it lets go of that, the one that it is being given."""
 
 MicroBatch = Sequence[PlannedSequence]
-Build = Callable[[int, MicroBatch, Ring], tuple[Built, np.ndarray]]
+Build = Callable[[MicroBatch, Ring], tuple[Built, np.ndarray]]
 
 
 def steps_ahead(prefetch_bytes: int, step_bytes: int) -> int:
@@ -36,8 +35,8 @@ def steps_ahead(prefetch_bytes: int, step_bytes: int) -> int:
 
 
 class Ahead:
-    """One iteration. plan(step): the micro-batches of a step, `parts` of them, None behind the last step. build(step, micro_batch, ring): one of them,
-    and the slot that it lies in.
+    """One iteration. plan(step): the micro-batches of a step, `parts` of them, or None behind the last step. build(micro_batch, ring): what one
+    becomes, and the slot that it lies in.
 
     `threads` threads call both, and an error of theirs is raised where its step would have come.
     """
@@ -55,7 +54,7 @@ class Ahead:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._handed: list[weakref.ref[np.ndarray]] = []
 
-    def steps(self, step: int) -> Iterator[list[BatchArrays]]:
+    def steps(self, step: int) -> Iterator[list[Built]]:
         """The micro-batches of the steps from `step` on. They stay as they are as long as they are kept."""
         waiting: deque[list[Future[tuple[Built, np.ndarray] | None]]] = deque()
         with contextlib.suppress(CancelledError):  # closed meanwhile
@@ -82,16 +81,16 @@ class Ahead:
 
     def _submit(self, step: int) -> list[Future[tuple[Built, np.ndarray] | None]]:
         planned = self._threads.submit(self._plan, step)
-        return [self._threads.submit(self._part, planned, step, part) for part in range(self.parts)]
+        return [self._threads.submit(self._part, planned, part) for part in range(self.parts)]
 
-    def _part(self, planned: Future[Sequence[MicroBatch] | None], step: int, part: int) -> tuple[Built, np.ndarray] | None:
+    def _part(self, planned: Future[Sequence[MicroBatch] | None], part: int) -> tuple[Built, np.ndarray] | None:
         micro_batches = planned.result()  # it was submitted before, so it is never behind this in the queue
-        return None if micro_batches is None else self._build(step, micro_batches[part], self.ring)
+        return None if micro_batches is None else self._build(micro_batches[part], self.ring)
 
-    def _hand_over(self, found: list[tuple[Built, np.ndarray]]) -> list[BatchArrays]:
-        """The arrays in the ring, or copies where the trainer keeps older ones: else it would wait for slots that it holds itself."""
+    def _hand_over(self, found: list[tuple[Built, np.ndarray]]) -> list[Built]:
+        """What lies in the ring, or copies where the trainer keeps older ones: else it would wait for slots that it holds itself."""
         self._handed = [slot for slot in self._handed if slot() is not None]
         if len(self._handed) + len(found) > STEPS_WITH_THE_TRAINER * self.parts:
-            return [copied(built.arrays) for built, _ in found]
+            return [copied(built) for built, _ in found]
         self._handed += [weakref.ref(memory) for _, memory in found]
-        return [built.arrays for built, _ in found]
+        return [built for built, _ in found]

@@ -12,7 +12,6 @@ import numpy as np
 
 from fusiontrain.config.schema import DataConfig, SourceConfig
 from fusiontrain.data.arena import Arena
-from fusiontrain.data.batch_arrays import BatchArrays
 from fusiontrain.data.execute.build import Built
 from fusiontrain.data.index import IndexedSource
 from fusiontrain.data.plan import PlannedSequence
@@ -78,9 +77,9 @@ def index_digest(sources: Sequence[IndexedSource]) -> str:
     """A hash of which sample has which number: equal in two processes that found the same shards, indexes and exclusions."""
     digest = hashlib.sha256()
     for source in sources:
-        for shard, tokens, rows in zip(source.shards, source.tokens, source.rows, strict=True):
-            # The name of the token file holds a hash of the shard's name, size and time.
-            digest.update(f"{shard} {tokens.path.name} {len(rows)}\n".encode() + np.ascontiguousarray(rows).tobytes())
+        for number, (shard, index, tokens) in enumerate(zip(source.shards, source.indexes.rows, source.tokens.rows, strict=True)):
+            excluded = source.kept[number].tobytes() if number in source.kept else b""
+            digest.update(f"{shard} {index.file} {index.digest} {tokens.file} {tokens.digest} {len(excluded)}\n".encode() + excluded)
     return digest.hexdigest()
 
 
@@ -103,7 +102,7 @@ def packed(built: Built, arena: Arena) -> Built:
     def place(array: np.ndarray) -> Any:
         return _Place(arena.offset_of(array), array.shape, array.dtype.str)
 
-    return dataclasses.replace(built, arrays=_map_arrays(built.arrays, place))
+    return _map_arrays(built, place)
 
 
 def unpacked(built: Built, memory: np.ndarray) -> Built:
@@ -113,14 +112,16 @@ def unpacked(built: Built, memory: np.ndarray) -> Built:
     def array(place: Any) -> np.ndarray:
         return arena.at(place.offset, place.shape, np.dtype(place.dtype))
 
-    return dataclasses.replace(built, arrays=_map_arrays(built.arrays, array))
+    return _map_arrays(built, array)
 
 
-def copied(arrays: BatchArrays) -> BatchArrays:
+def copied(built: Built) -> Built:
     """The same in memory of its own."""
-    return _map_arrays(arrays, np.copy)
+    return _map_arrays(built, np.copy)
 
 
-def _map_arrays(arrays: BatchArrays, change: Callable[[Any], Any]) -> BatchArrays:
+def _map_arrays(built: Built, change: Callable[[Any], Any]) -> Built:
+    arrays = built.arrays
+    columns = {name: change(array) for name, array in arrays.columns.items()}
     payloads = {modality: {name: change(array) for name, array in payload.items()} for modality, payload in arrays.payloads.items()}
-    return dataclasses.replace(arrays, columns={name: change(array) for name, array in arrays.columns.items()}, payloads=payloads)
+    return dataclasses.replace(built, arrays=dataclasses.replace(arrays, columns=columns, payloads=payloads))
