@@ -150,7 +150,7 @@ def test_a_query_without_keys_gives_zeros_and_no_gradient(impl: str, blind: slic
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 def test_no_rows(impl: str) -> None:
-    out = masked_routing_attention(*inputs(0, 2, 1), torch.zeros(0, 2, 2, dtype=torch.int32), torch.zeros(0, 2, 2), impl=impl)
+    out = masked_routing_attention(*inputs(0, 2, 1), *[torch.zeros(0, 2, 2, dtype=torch.int32)] * 2, impl=impl)
     assert out.shape == (0, 2, 4)
 
 

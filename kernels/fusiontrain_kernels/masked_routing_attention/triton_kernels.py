@@ -50,14 +50,14 @@ def _store_rows(base, start, stride, num_rows, tile, BLOCK: tl.constexpr, D: tl.
 @triton.jit
 def _intervals(ranges, rows, num_rows, g, G: tl.constexpr, BLOCK: tl.constexpr):
     """The rows' intervals in slice g, and four tile numbers: all between the first and the last are visited, those between the middle two
-    lie in the interval of every row. Rows behind the end have no say."""
+    lie in the interval of every row: none, where a row sees nothing. Rows behind the end have no say."""
     exists = rows < num_rows
     low = tl.load(ranges + (rows * G + g) * 2, mask=exists, other=0)
     high = tl.load(ranges + (rows * G + g) * 2 + 1, mask=exists, other=0)
     sees = low < high
     first = tl.min(tl.where(sees, low, _BEYOND), 0) // BLOCK
     last = (tl.max(tl.where(sees, high, 0), 0) + BLOCK - 1) // BLOCK
-    first_full = (tl.max(tl.where(exists, tl.where(sees, low, _BEYOND), 0), 0) + BLOCK - 1) // BLOCK
+    first_full = (tl.max(tl.where(sees, low, 0), 0) + BLOCK - 1) // BLOCK
     last_full = tl.min(tl.where(exists, tl.where(sees, high, 0), _BEYOND), 0) // BLOCK
     some_full = first_full < last_full
     return low, high, first, tl.where(some_full, first_full, last), tl.where(some_full, last_full, last), last
