@@ -1,4 +1,4 @@
-"""The gate for modality_gemm, rms_norm, swiglu, rope and linear_cross_entropy: python kernels/aot/segment_ops.py [--arch 90] [--only dgrad]
+"""The gate for modality_gemm, rms_norm, swiglu, qk_norm_rope and linear_cross_entropy: python kernels/aot/segment_ops.py [--arch 90] [--only dgrad]
 
 Exits with 1 if any config of the tables spills, overflows or misses the tensor cores.
 """
@@ -17,15 +17,16 @@ from fusiontrain_kernels._launch import nearest
 from fusiontrain_kernels.linear_cross_entropy import triton_kernels as loss
 from fusiontrain_kernels.modality_gemm import triton_kernels as gemm
 from fusiontrain_kernels.modality_gemm.configs import CONFIGS, FLOAT32, SMALL, Config
+from fusiontrain_kernels.qk_norm_rope import triton_kernels as turn
+from fusiontrain_kernels.qk_norm_rope import triton_ops as turn_ops
 from fusiontrain_kernels.rms_norm import triton_kernels as norm
 from fusiontrain_kernels.rms_norm import triton_ops as norm_ops
-from fusiontrain_kernels.rope import triton_kernels as rope
 from fusiontrain_kernels.swiglu import triton_kernels as swiglu
 from fusiontrain_kernels.swiglu.triton_ops import BLOCK as SWIGLU_BLOCK
 
 M = 2  # modalities
 SIZES = ("T", "N", "K", "D", "H", "V", "F", "HALF")
-ROWS_OF = ("x", "w", "grad", "residual", "summed", "gate", "up", "row", "head", "cos", "sin", "logits")
+ROWS_OF = ("x", "w", "grad", "grad_head", "residual", "summed", "gate", "up", "row", "head", "cos", "sin", "logits")
 
 
 def signature(dtype: str, **pointers: object) -> dict[str, object]:
@@ -76,6 +77,18 @@ def norm_rows(dim: int, block: int) -> Iterator[Row]:
     yield Row(f"rms_norm backward {dim}", norm.backward, sig, {**common, **options}, warps, tensor_cores=False)
 
 
+def turn_rows(num_heads: int, dim: int, NORM: bool) -> Iterator[Row]:
+    """qk_norm_rope of `num_heads` heads, or rope alone, forward and backward."""
+    heads, block, warps = turn_ops.tile(num_heads, dim)
+    common = {"M": M, "NORM": NORM, "EPS": 1e-5, "ACC": tl.float32, "HEADS": heads, "BLOCK": block}
+    pointers = {"x": True, "weights": ("*bf16",) * M, "cos": True, "sin": True}
+    name = f"{'qk norm ' * NORM}rope"
+    yield Row(f"{name} {num_heads}x{dim}", turn.forward, signature("bf16", out=True, **pointers), common, warps, tensor_cores=False)
+    sig = signature("bf16", grad=True, x_grad=True, partials="*fp32", **pointers)
+    options = {**common, "PARTIALS": NORM, "ROWS": turn_ops.ROWS}
+    yield Row(f"{name} backward {num_heads}x{dim}", turn.backward, sig, options, warps, tensor_cores=False)
+
+
 def rowwise_rows() -> Iterator[Row]:
     """The kernels without a product: they are bound by memory and need no tensor cores."""
     for dim in (2048, 4096, 8192):
@@ -86,9 +99,9 @@ def rowwise_rows() -> Iterator[Row]:
     yield Row("swiglu", swiglu.forward, signature("bf16", gate=True, up=True, out=True), elementwise, 4, tensor_cores=False)
     sig = signature("bf16", grad=True, gate=True, up=True, gate_grad=True, up_grad=True)
     yield Row("swiglu backward", swiglu.backward, sig, elementwise, 4, tensor_cores=False)
-    for heads, half in [(32, 64), (8, 64), (32, 32)]:
-        sig, options = signature("bf16", x=True, cos=True, sin=True, out=True), {"BACKWARD": False, "ACC": tl.float32, "HEADS": heads, "BLOCK": half}
-        yield Row(f"rope {heads}x{2 * half}", rope.turn, sig, options, min(max(heads * half // 256, 1), 8), tensor_cores=False)
+    for num_heads, dim in [(32, 64), (32, 128), (8, 128), (32, 256)]:
+        yield from turn_rows(num_heads, dim, NORM=True)
+    yield from turn_rows(32, 128, NORM=False)
     sig = signature("bf16", logits=True, labels="*i64", loss_weights="*fp32", losses="*fp32")
     options = {"Z_LOSS": 0.0, "DIFFERENTIATE": True, "ACC": tl.float32, "BLOCK": loss.BLOCK}
     yield Row("softmax loss", loss.softmax_loss, sig, options, loss.WARPS, tensor_cores=False)
