@@ -40,8 +40,9 @@ setup(
     extras_require={
         "gpu": ["flash-attn"],
         "deepspeed": ["deepspeed"],
+        "parquet": ["pyarrow"],
         "s3": ["fsspec", "boto3"],
         "vae": ["diffusers"],
-        "dev": ["diffusers", "hypothesis", "import-linter", "mypy", "pytest", "ruff", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML"],
+        "dev": ["diffusers", "hypothesis", "import-linter", "mypy", "pyarrow", "pytest", "ruff", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML"],
     },
 )

@@ -40,13 +40,22 @@ def add_parser(subparsers: Any) -> None:
     peek.add_argument("--rank", type=int, default=0, help="only the share of this rank out of --world-size")
     peek.add_argument("--world-size", type=int, default=1)
     peek.add_argument("--out", metavar="DIR", help="default: peek-step-N")
-    for parser in (world, index, verify, inspect, plan, peek):
+    convert = actions.add_parser("convert", help="write a published interleaved dataset as shards, with pictures that are downloaded already")
+    convert.add_argument("source", metavar="SOURCE", help="a .parquet, .jsonl, .jsonl.gz, .jsonl.zip or .tar of .json, a folder of them, a glob, or a brace range")
+    convert.add_argument("out", metavar="OUT", help="folder of the shards; run again to go on with a conversion that was broken off")
+    convert.add_argument("--format", required=True, choices=["obelics", "mmc4", "moscar", "jsonl"], help="obelics also reads MINT-1T-HTML")
+    convert.add_argument("--pictures", metavar="PATH", nargs="+", default=[], help="tars or folders of pictures, found by URL (img2dataset) or by file name")
+    convert.add_argument("--image-position", choices=["before", "after", "random"], default="before", help="mmc4: of a picture and its sentence")
+    convert.add_argument("--text-key", metavar="FIELD", default="text", help="jsonl: the field with the text (default: text)")
+    convert.add_argument("--documents-per-shard", type=int, default=1000)
+    convert.add_argument("--workers", type=int, default=1, help="processes, a file each (default: 1)")
+    for parser in (world, index, verify, inspect, plan, peek, convert):
         add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or UserError with one sentence."""
-    actions = {"make-world": _make_world, "index": _index, "verify": _verify, "inspect": _inspect, "plan": _plan, "peek": _peek}
+    actions = {"make-world": _make_world, "index": _index, "verify": _verify, "inspect": _inspect, "plan": _plan, "peek": _peek, "convert": _convert}
     report = actions[args.action](args)
     if args.json:
         print_json(report)
@@ -188,3 +197,23 @@ def _peek(args: argparse.Namespace) -> dict[str, Any]:
     check_world_size(config.train.global_batch_sequences, args.world_size)
     sequences = plan.share(plan.data_step(args.step - 1), args.rank, args.world_size)
     return {"step": args.step, **peek(sequences, plan, config, tokenizer, Path(args.out or f"peek-step-{args.step}"))}
+
+
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    from collections import Counter
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fusiontrain.data.convert.convert import convert
+
+    if args.documents_per_shard < 1:
+        raise UserError(f"--documents-per-shard {args.documents_per_shard}: must be at least 1")
+    settings = (args.format, args.pictures, args.image_position, args.text_key, args.documents_per_shard, args.workers)
+    console, total = Console(stderr=True), Counter[str]()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("files")
+        for done, (_, counts, files) in enumerate(convert(args.source, Path(args.out), *settings), 1):
+            total.update(counts)
+            progress.update(bar, completed=done, total=files)
+    return {"shards in": args.out, "files": files, **total}

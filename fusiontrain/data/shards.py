@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 from fusiontrain.utils.errors import UserError
@@ -22,11 +23,16 @@ def expand_shards(path: str) -> list[Path]:
 
     Raises UserError when there is none, or when a name of a brace range is missing.
     """
+    return expand_paths(path, SHARD_SUFFIXES)
+
+
+def expand_paths(path: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files that `path` means, of a folder those with one of the suffixes; sorted by bytes. Raises UserError as `expand_shards` does."""
     names = _expand_braces(path)
     shards: list[Path] = []
     for name in names:
         if Path(name).is_dir():
-            shards += [found for suffix in SHARD_SUFFIXES for found in Path(name).glob(f"*{suffix}")]
+            shards += [found for suffix in suffixes for found in Path(name).glob(f"*{suffix}")]
         elif Path(name).is_file():  # before the glob: a name may hold brackets of its own
             shards.append(Path(name))
         elif glob.has_magic(name):
@@ -34,7 +40,7 @@ def expand_shards(path: str) -> list[Path]:
         else:
             raise UserError(f"{name}: no such shard or folder of shards")
     if not shards:
-        raise UserError(f"{path}: no .tar file or .jsonl there")
+        raise UserError(f"{path}: no {' or '.join(suffixes)} file there")
     return sorted(set(shards), key=os.fsencode)
 
 

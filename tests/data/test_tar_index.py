@@ -46,7 +46,7 @@ def test_a_path_may_be_a_tar_a_folder_a_glob_or_a_brace_range(tmp_path):
 @pytest.mark.parametrize("path", ["nothing", "nothing-*.tar", "shard-{000..002}.tar"])
 def test_a_path_without_shards_is_refused(tmp_path, path):
     write_shards(tmp_path, shards=1)
-    with pytest.raises(UserError, match=r"no such shard|no \.tar file"):
+    with pytest.raises(UserError, match=r"no such shard|no \.tar or \.jsonl file"):
         expand_shards(f"{tmp_path}/{path}")
 
 
