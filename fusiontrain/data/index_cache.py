@@ -20,6 +20,7 @@ import numpy as np
 from fusiontrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from fusiontrain.data.array_file import read_arrays, read_entries, write_arrays
 from fusiontrain.data.exclude import kept_rows
+from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents
 from fusiontrain.data.index import IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
 from fusiontrain.data.index_folder import index_folders
@@ -38,7 +39,7 @@ TABLES = "tables"  # what of an index is not an array: its suffixes and bad samp
 def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: Tokenizer) -> list[IndexedSource]:
     """Index every shard of every source, from the cache where it is there. Raises UserError for damage and for a source without samples."""
     indexed = []
-    latents = data.image.representation == "latents"
+    latents = REPRESENTATIONS[data.image.representation]
     for number, config in enumerate(sources):
         shards = tuple(expand_shards(config.path))
         indexes = tuple(index_shard(shard, config.format, latents) for shard in shards)
@@ -54,7 +55,7 @@ def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: 
     return indexed
 
 
-def index_shard(shard: Path, kind: str, latents: bool) -> ShardIndex:
+def index_shard(shard: Path, kind: str, latents: Latents) -> ShardIndex:
     """The index of one shard, read from the cache or built and kept there. Raises UserError when the tar is damaged."""
     name = _name(shard, INDEX, kind, latents)
     for folder in index_folders(shard):
@@ -70,7 +71,7 @@ def index_shard(shard: Path, kind: str, latents: bool) -> ShardIndex:
     return index
 
 
-def tokens_of_shard(shard: Path, index: ShardIndex, kind: str, latents: bool, tokenizer: Tokenizer) -> TokenCache:
+def tokens_of_shard(shard: Path, index: ShardIndex, kind: str, latents: Latents, tokenizer: Tokenizer) -> TokenCache:
     """The token ids of an indexed shard, from the cache or tokenised and kept there. Raises UserError where they cannot be kept."""
     name = _name(shard, TOKENS, kind, latents, tokenizer.fingerprint)
     for folder in index_folders(shard):
@@ -85,7 +86,7 @@ def tokens_of_shard(shard: Path, index: ShardIndex, kind: str, latents: bool, to
 
 
 def build_all(
-    shards: Sequence[Path], kind: str, latents: bool, tokenizer: tuple[str, TokenizerConfig] | None, workers: int
+    shards: Sequence[Path], kind: str, latents: Latents, tokenizer: tuple[str, TokenizerConfig] | None, workers: int
 ) -> Iterator[tuple[Path, ShardIndex, int | None]]:
     """(shard, index, text tokens) of every shard in order, built where they are not there yet, by that many processes.
 
@@ -112,7 +113,7 @@ def _start_worker(tokenizer: tuple[str, TokenizerConfig] | None) -> None:
     _tokenizer = None if tokenizer is None else tokenizer_at(*tokenizer)
 
 
-def _build_one(shard: Path, kind: str, latents: bool) -> tuple[Path, ShardIndex, int | None]:
+def _build_one(shard: Path, kind: str, latents: Latents) -> tuple[Path, ShardIndex, int | None]:
     index = index_shard(shard, kind, latents)
     if _tokenizer is None:
         return shard, index, None

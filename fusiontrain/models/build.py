@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fusiontrain.config.schema import Config, ModelConfig
+from fusiontrain.config.validate import uses_images
 from fusiontrain.models.fusion import FusionModel, Patcher
 from fusiontrain.models.init import init_weights
 from fusiontrain.models.llama_weights import load_llama, read_llama_shape
@@ -32,7 +33,7 @@ def build_model(config: Config) -> FusionModel:
     recipe = RECIPES[config.model.recipe](config.model)
     image: Patcher | None = None
     image_objective, codec, channels = None, None, 0
-    if "image" in config.data.modalities:
+    if uses_images(config):
         codec = LatentCodec(config.model.image.vae) if config.model.image.vae and config.data.image.representation == "pixels" else None
         patch_dim = config.data.image.channels * config.data.image.patch_size**2
         patch_dim, channels = (codec.latent_patch_dim(patch_dim), codec.channels) if codec else (patch_dim, config.data.image.channels)

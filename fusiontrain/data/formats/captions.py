@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, image_suffixes, read_json
+from fusiontrain.data.formats.pieces import REPRESENTATIONS, Fields, Latents, Piece, Sample, checked_text, image_suffixes, latents_of, read_json
 
 TEXT_KEYS = ("caption", "text")
 TEXT_SUFFIXES = ("txt", "text", "caption")
 
 
-def read_captions(suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
+def read_captions(suffixes: Collection[str], fields: Fields, latents: Latents) -> Sample:
     """A pair from `{key}.jpg` (or .png, ...) and `{key}.txt` or the key "caption" or "text" of `{key}.json`; text alone without an image.
 
     Raises BadSample where there is no text, and where the image is there in the other representation only.
     """
     found = image_suffixes(suffixes)
-    images = [suffix for suffix in found if suffix.endswith(LATENT_SUFFIX) == latents]
+    images = [suffix for suffix in found if latents_of(suffix) == latents]
     if found and not images:
-        raise BadSample(f"has {', '.join(found)}, but data.image.representation={'latents' if latents else 'pixels'}")
+        raise BadSample(f"has {', '.join(found)}, but data.image.representation={next(name for name, kind in REPRESENTATIONS.items() if kind == latents)}")
     if len(images) > 1:
         raise BadSample(f"has {len(images)} images ({', '.join(images)}), a caption pair has one")
     pieces = [Piece(text=_text(suffixes, fields)), *(Piece(image=image) for image in images)]

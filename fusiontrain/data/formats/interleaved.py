@@ -7,17 +7,17 @@ from collections.abc import Collection
 from typing import Any
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, read_json
+from fusiontrain.data.formats.pieces import Fields, Latents, Piece, Sample, checked_text, read_json
 
 
 def is_interleaved(document: Any) -> bool:
     return isinstance(document, dict) and isinstance(document.get("texts"), list) and isinstance(document.get("images"), list)
 
 
-def read_interleaved(suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
+def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents) -> Sample:
     """Raises BadSample for json that is not of this layout and for images that are not in the tar.
 
-    latents: an image `0.png` is taken from the member `0.latent.npy`.
+    latents: an image `0.png` is taken from the member `0.latent.npy` or `0.vq.npy`.
     """
     if "json" not in suffixes:
         raise BadSample("has no .json member")
@@ -42,12 +42,12 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: bool) -
     return Sample(tuple(pieces))
 
 
-def _member(image: Any, suffixes: Collection[str], latents: bool) -> str:
+def _member(image: Any, suffixes: Collection[str], latents: Latents) -> str:
     if not isinstance(image, str):
         raise BadSample(f"an image name is a {type(image).__name__}")
     name = image.lower()
-    if latents and not name.endswith(LATENT_SUFFIX):
-        name = f"{name.rpartition('.')[0]}.{LATENT_SUFFIX}"
+    if latents and not name.endswith(latents):
+        name = f"{name.rpartition('.')[0]}.{latents}"
     if name not in suffixes:
         raise BadSample(f"names the image {image!r}, but the shard has no member .{name} of it")
     return name

@@ -7,12 +7,12 @@ from collections.abc import Collection
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.captions import TEXT_SUFFIXES, read_captions
 from fusiontrain.data.formats.interleaved import is_interleaved, read_interleaved
-from fusiontrain.data.formats.pieces import Fields, Sample, read_json
+from fusiontrain.data.formats.pieces import Fields, Latents, Sample, read_json
 
 READERS = {"interleaved": read_interleaved, "captions": read_captions}
 
 
-def read_sample(kind: str, suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
+def read_sample(kind: str, suffixes: Collection[str], fields: Fields, latents: Latents) -> Sample:
     """The pieces of a sample of format `kind`; "auto" looks at its .json. Raises BadSample."""
     return READERS[detect(suffixes, fields) if kind == "auto" else kind](suffixes, fields, latents)
 
