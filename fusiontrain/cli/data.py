@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     peek.add_argument("--world-size", type=int, default=1)
     peek.add_argument("--out", metavar="DIR", help="default: peek-step-N")
     convert = actions.add_parser("convert", help="write a published interleaved dataset as shards, with pictures that are downloaded already")
-    convert.add_argument("source", metavar="SOURCE", help="a .parquet, .jsonl, .jsonl.gz, .jsonl.zip or .tar of .json, a folder of them, a glob, or a brace range")
+    convert.add_argument("source", metavar="SOURCE", help="a .parquet, .jsonl, .jsonl.gz, .jsonl.zip or tar of .json, a folder, a glob, or a brace range")
     convert.add_argument("out", metavar="OUT", help="folder of the shards; run again to go on with a conversion that was broken off")
     convert.add_argument("--format", required=True, choices=["obelics", "mmc4", "moscar", "jsonl"], help="obelics also reads MINT-1T-HTML")
     convert.add_argument("--pictures", metavar="PATH", nargs="+", default=[], help="tars or folders of pictures, found by URL (img2dataset) or by file name")

@@ -82,7 +82,10 @@ class ImageDataConfig(Section):
     min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
     max_tokens: int = Field(1024, ge=1, description="resize: native: patches that a larger picture is scaled down to")
     patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
-    representation: Literal["pixels", "latents"] = Field("pixels", description="latents: .latent.npy members [C, H, W]")
+    representation: Literal["pixels", "latents", "codes"] = Field(
+        "pixels", description="latents: .latent.npy members [C, H, W]; codes: .vq.npy members [h, w], which are tokens behind those of the tokenizer"
+    )
+    codebook_size: int | None = Field(None, ge=1, description="codes: one more than the largest; model.vocab_size holds the tokenizer's tokens and these")
     channels: int = Field(3, ge=1, description="3 for pixels; the latent's channels otherwise")
     image_first_noise_cap: float = Field(
         0.5, ge=0, le=1, description="largest noise level of an image that opens its document (Transfusion T8); 0 = clean, no image loss"

@@ -20,6 +20,7 @@ import numpy as np
 from fusiontrain.config.schema import Config, DataConfig, SourceConfig, TokenizerConfig
 from fusiontrain.data.array_file import ArrayFile, read_about, write_arrays
 from fusiontrain.data.exclude import excluded_keys, kept_rows
+from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents
 from fusiontrain.data.formats.read import source_kind
 from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
@@ -46,7 +47,7 @@ class Reading:
     """How shards are read and where what was measured of them is kept: the format of their samples, latents or pixels, `data.index_dir`."""
 
     kind: str
-    latents: bool
+    latents: Latents
     index_dir: Path | None = None
 
     @property
@@ -84,7 +85,7 @@ def prepare_sources(config: Config, progress: Progress) -> None:
 
 def reading(source: SourceConfig, data: DataConfig) -> Reading:
     """How the shards of a source are read."""
-    return Reading(source_kind(source), data.image.representation == "latents", None if data.index_dir is None else Path(data.index_dir))
+    return Reading(source_kind(source), REPRESENTATIONS[data.image.representation], None if data.index_dir is None else Path(data.index_dir))
 
 
 def measure_shards(

@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from fusiontrain.data.array_file import write_whole
 
-VERSION = 6
+VERSION = 7
 
 
 class Stat(NamedTuple):

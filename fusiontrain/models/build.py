@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from fusiontrain.config.schema import Config, ModelConfig
+from fusiontrain.config.validate import uses_images
 from fusiontrain.models.fusion import FusionModel, Patcher
 from fusiontrain.models.init import init_weights
 from fusiontrain.models.kernels import choose_kernels, describe
@@ -42,7 +43,7 @@ def build_model(config: Config, device: torch.device = CPU) -> FusionModel:
     recipe = RECIPES[config.model.recipe](config.model)
     image: Patcher | None = None
     image_objective, codec, channels = None, None, 0
-    if "image" in config.data.modalities:
+    if uses_images(config):
         codec = LatentCodec(config.model.image.vae) if config.model.image.vae and config.data.image.representation == "pixels" else None
         patch_dim = config.data.image.channels * config.data.image.patch_size**2
         patch_dim, channels = (codec.latent_patch_dim(patch_dim), codec.channels) if codec else (patch_dim, config.data.image.channels)

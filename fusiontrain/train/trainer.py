@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
+from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.models.flops import count_flops
@@ -197,7 +198,7 @@ class Trainer:
     def _paint(self) -> None:
         """Paint the configured prompts if that is due. All ranks paint together, since each holds a part of the weights."""
         config = self.config
-        if not config.sample.prompts or "image" not in config.data.modalities:
+        if not config.sample.prompts or not uses_images(config):
             return
         if not (self._due(config.sample.every_steps) or self._is_last()):
             return

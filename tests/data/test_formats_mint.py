@@ -117,7 +117,7 @@ def test_a_tiff_of_other_pages_is_a_bad_sample(tmp_path, names, data, reason):
 def test_latents_are_no_pages():
     members = mint(TEXTS, NAMES, tiff(pictures(0, SIZES)))
     with pytest.raises(BadSample, match="representation=latents"):
-        read_sample("auto", members, members.__getitem__, True)
+        read_sample("auto", members, members.__getitem__, "latent.npy")
 
 
 def test_a_document_without_images_needs_no_tiff():
