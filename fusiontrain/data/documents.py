@@ -34,8 +34,7 @@ class Draws:
     drop_condition: bool
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A piece in a document: its number in the sample, how many of its tokens are kept (patches for images), and the first of them."""
 
     piece: int
