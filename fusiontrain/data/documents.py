@@ -36,8 +36,7 @@ class Draws:
     caption: float = 0.0
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A piece in a document: its number in the sample, how many of its tokens are kept (patches for images), and the first of them."""
 
     piece: int

@@ -6,6 +6,7 @@ the token ids of its texts are a file of their own (`token_cache.py`).
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import zlib
 from collections.abc import Mapping
@@ -99,19 +100,19 @@ class IndexedSource:
     indexes: ShardFiles[ShardIndex, IndexRow]
     tokens: ShardFiles[TokenCache, TokensRow]
     kept: Mapping[int, np.ndarray]
-    starts: np.ndarray
+    starts: tuple[int, ...]
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def rows(self, shard: int) -> np.ndarray:
         """The rows [k] int32 of a shard's index that are not excluded."""
-        return self.kept[shard] if shard in self.kept else np.arange(self.indexes.rows[shard].documents, dtype=np.int32)
+        return self.kept[shard] if shard in self.kept else np.arange(len(self.indexes[shard]), dtype=np.int32)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, sample in the shard's index) of the source's sample of that number."""
-        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        place = sample - int(self.starts[shard])
+        shard = bisect.bisect_right(self.starts, sample) - 1
+        place = sample - self.starts[shard]
         return shard, int(self.kept[shard][place]) if shard in self.kept else place
 
     def ref(self, sample: int) -> SourceRef:
@@ -123,8 +124,8 @@ class IndexedSource:
         """The samples that indexing found unusable, with the reason."""
         return [
             (SourceRef(self.config.path, str(self.shards[shard]), number, key), reason)
-            for shard, row in enumerate(self.indexes.rows)
-            if row.unusable
+            for shard, unusable in enumerate(self.indexes.rows.columns["unusable"])
+            if unusable
             for number, key, reason in self.indexes[shard].bad
         ]
 

@@ -7,6 +7,7 @@ there is right, and a shard that changes gets a new one. Files appear whole unde
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +25,9 @@ from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents
 from fusiontrain.data.formats.read import source_kind
 from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
-from fusiontrain.data.index_files import ShardFiles, look_up
+from fusiontrain.data.index_files import Folders, Known, ShardFiles, by_folder, look_up
 from fusiontrain.data.index_folder import index_folders
-from fusiontrain.data.index_manifest import IndexRow, Measure, Stat, TokensRow, add_to_manifest
+from fusiontrain.data.index_manifest import IndexRow, Measure, Stat, Table, TokensRow, add_to_manifest
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.token_cache import TokenCache, counts_digest
 from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_at
@@ -61,6 +62,7 @@ class Reading:
 class MeasuredShards(NamedTuple):
     """The indexes and, where a tokenizer was given, the token ids of shards."""
 
+    folders: Folders
     shards: tuple[Path, ...]
     indexes: ShardFiles[ShardIndex, IndexRow]
     tokens: ShardFiles[TokenCache, TokensRow] | None
@@ -97,35 +99,34 @@ def measure_shards(
     tokenizer_source: what `tokenizer_at` takes, for processes of their own to make the tokenizer from. Raises UserError for the first damaged shard
     and where there is no place to keep an index.
     """
-    stats = [stat_of(shard) for shard in shards]
-    known = look_up(shards, stats, how.index, how.index_dir)
-    tokens = look_up(shards, stats, how.tokens(tokenizer), how.index_dir) if tokenizer else None
-    missing = [n for n in range(len(shards)) if known[n] is None or (tokens is not None and tokens[n] is None)]
-    measured: dict[tuple[Path, Measure], list] = {}
+    measures: list[Measure] = [how.index, *([how.tokens(tokenizer)] if tokenizer else [])]
+    folders = by_folder(shards)
+    found = look_up(folders, _stats(shards), measures, how.index_dir)
+    missing = sorted({number for known in found for number, folder in enumerate(known.folders) if folder is None})
+    new: dict[tuple[Path, Measure], list] = {}
     try:
-        for done, (number, found) in enumerate(zip(missing, _measure([shards[n] for n in missing], how, tokenizer, tokenizer_source, workers), strict=True), 1):
-            known[number] = found.index
-            measured.setdefault((found.index[0], how.index), []).append(found.index[1])
-            if tokens is not None and tokenizer is not None and found.tokens is not None:
-                tokens[number] = found.tokens
-                measured.setdefault((found.tokens[0], how.tokens(tokenizer)), []).append(found.tokens[1])
+        for done, places in enumerate(_measure([shards[n] for n in missing], how, tokenizer, tokenizer_source, workers), 1):
+            for known, measure, (folder, row) in zip(found, measures, places, strict=True):
+                known.put(missing[done - 1], folder, row)
+                new.setdefault((folder, measure), []).append(row)
             progress(done, len(missing))
     finally:  # what was measured before an interrupt need not be looked for again
-        for (folder, measure), rows in measured.items():
+        for (folder, measure), rows in new.items():
             add_to_manifest(folder / measure.manifest, measure, rows)
-    return MeasuredShards(tuple(shards), _files(known, parse_index), None if tokens is None else _files(tokens, parse_tokens))
+    indexes, *tokens = found
+    return MeasuredShards(folders, tuple(shards), _files(indexes, parse_index), _files(tokens[0], parse_tokens) if tokens else None)
 
 
 def index_shard(shard: Path, how: Reading) -> ShardIndex:
     """The index of one shard, read from its file or built and kept there. Raises UserError when the tar is damaged."""
     folder, row = _index_one(shard, stat_of(shard), how)
-    return ShardFiles([folder], [row], parse_index)[0]
+    return ShardFiles([folder], Table.of(type(row), [row]), parse_index)[0]
 
 
 def tokens_of_shard(shard: Path, index: ShardIndex, how: Reading, tokenizer: Tokenizer) -> TokenCache:
     """The token ids of an indexed shard, from their file or tokenised and kept there. Raises UserError where they cannot be kept."""
     folder, row = _tokenize_one(shard, stat_of(shard), index, how, tokenizer)
-    return ShardFiles([folder], [row], parse_tokens)[0]
+    return ShardFiles([folder], Table.of(type(row), [row]), parse_tokens)[0]
 
 
 def stat_of(shard: Path) -> Stat:
@@ -145,16 +146,17 @@ def parse_tokens(file: ArrayFile, path: Path) -> TokenCache:
 
 
 def _source(config: SourceConfig, number: int, data: DataConfig, found: MeasuredShards) -> IndexedSource:
-    shards, indexes, tokens = found
+    folders, shards, indexes, tokens = found
     assert tokens is not None
     kept = {}
-    lengths = np.array([row.documents for row in indexes.rows], np.int64)
-    for parent in {shard.parent for shard in shards}:
+    lengths = list(indexes.rows.columns["documents"])
+    for parent, (places, names) in folders.items():
         excluded = excluded_keys(parent, reading(config, data).index_dir)
-        for place in [n for n, shard in enumerate(shards) if excluded.get(shard.name) and shard.parent == parent]:
-            kept[place] = kept_rows(indexes[place], excluded[shards[place].name])
-            lengths[place] = len(kept[place])
-    source = IndexedSource(config, number, shards, indexes, tokens, kept, np.concatenate([[0], np.cumsum(lengths)]))
+        for place, name in zip(places, names, strict=True) if excluded else ():
+            if name in excluded:
+                kept[place] = kept_rows(indexes[place], excluded[name])
+                lengths[place] = len(kept[place])
+    source = IndexedSource(config, number, shards, indexes, tokens, kept, tuple(itertools.accumulate(lengths, initial=0)))
     if not len(source):
         bad = source.bad()
         why = f"; the first of {len(bad)} unusable samples is {bad[0][0]}: {bad[0][1]}" if bad else ""
@@ -162,23 +164,24 @@ def _source(config: SourceConfig, number: int, data: DataConfig, found: Measured
     return source
 
 
-def _files(found: Sequence[tuple[Path, Any] | None], parse: Callable) -> ShardFiles:
-    places = [place for place in found if place is not None]
-    return ShardFiles([folder for folder, _ in places], [row for _, row in places], parse)
+def _files(known: Known, parse: Callable) -> ShardFiles:
+    return ShardFiles([folder for folder in known.folders if folder is not None], known.rows, parse)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The folder and the row of the index of a shard, and of its tokens."""
-
-    index: tuple[Path, IndexRow]
-    tokens: tuple[Path, TokensRow] | None
+def _stats(shards: Sequence[Path]) -> tuple[list[int], list[int]]:
+    """Sizes and times."""
+    sizes, times = [], []
+    for shard in shards:
+        stat = shard.stat()
+        sizes.append(stat.st_size)
+        times.append(stat.st_mtime_ns)
+    return sizes, times
 
 
 def _measure(
     shards: Sequence[Path], how: Reading, tokenizer: Tokenizer | None, tokenizer_source: tuple[str, TokenizerConfig] | None, workers: int
-) -> Iterator[_Found]:
-    """What is found of each shard, in order; by processes where there are several of both."""
+) -> Iterator[list[tuple[Path, Any]]]:
+    """(folder, row) of the index of each shard and, with a tokenizer, of its tokens, in order; by processes where there are several of both."""
     if min(workers, len(shards)) <= 1 or (tokenizer is not None and tokenizer_source is None):
         yield from (_measure_one(shard, how, tokenizer) for shard in shards)
         return
@@ -199,16 +202,16 @@ def _start_worker(tokenizer_source: tuple[str, TokenizerConfig] | None) -> None:
     _tokenizer = None if tokenizer_source is None else tokenizer_at(*tokenizer_source)
 
 
-def _measure_in_worker(shard: Path, how: Reading) -> _Found:
+def _measure_in_worker(shard: Path, how: Reading) -> list[tuple[Path, Any]]:
     return _measure_one(shard, how, _tokenizer)
 
 
-def _measure_one(shard: Path, how: Reading, tokenizer: Tokenizer | None) -> _Found:
+def _measure_one(shard: Path, how: Reading, tokenizer: Tokenizer | None) -> list[tuple[Path, Any]]:
     stat = stat_of(shard)
     index = _index_one(shard, stat, how)
     if tokenizer is None:
-        return _Found(index, None)
-    return _Found(index, _tokenize_one(shard, stat, ShardFiles([index[0]], [index[1]], parse_index)[0], how, tokenizer))
+        return [index]
+    return [index, _tokenize_one(shard, stat, ShardFiles([index[0]], Table.of(IndexRow, [index[1]]), parse_index)[0], how, tokenizer)]
 
 
 def _index_one(shard: Path, stat: Stat, how: Reading) -> tuple[Path, IndexRow]:

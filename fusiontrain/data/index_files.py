@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from fusiontrain.data.array_file import ArrayFile, map_arrays
 from fusiontrain.data.index_folder import index_folders
-from fusiontrain.data.index_manifest import IndexRow, Measure, Stat, TokensRow, read_manifest
+from fusiontrain.data.index_manifest import IndexRow, Measure, Table, TokensRow, read_manifest
 from fusiontrain.utils.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R", IndexRow, TokensRow)
+
+Folders = Mapping[Path, tuple[Sequence[int], Sequence[str]]]
+"""Numbers and names of the shards of each folder."""
 
 MOST_OPEN = 256
 """Files that a process keeps mapped, each with a descriptor: the chunks that are shuffled together come from at most 64 shards, of two files."""
@@ -30,7 +33,7 @@ class ShardFiles(Generic[T, R]):
     """
 
     folders: Sequence[Path]
-    rows: Sequence[R]
+    rows: Table[R]
     parse: Callable[[ArrayFile, Path], T]
 
     def __len__(self) -> int:
@@ -43,25 +46,66 @@ class ShardFiles(Generic[T, R]):
 
 @functools.lru_cache(maxsize=MOST_OPEN)
 def _opened(files: ShardFiles[T, R], number: int) -> T:
-    path, row = files.folders[number] / files.rows[number].file, files.rows[number]
+    row = files.rows[number]
+    path = files.folders[number] / row.file
     found = map_arrays(path)
     if found is None or found.about["row"]["digest"] != row.digest:
         raise UserError(f"{path}: this part of the index is damaged or not the one that was written; delete it and run `fusiontrain data index` again")
     return files.parse(found, path)
 
 
-def look_up(shards: Sequence[Path], stats: Sequence[Stat], measure: Measure[R], index_dir: Path | None) -> list[tuple[Path, R] | None]:
-    """Where the measure of each shard is kept and what the manifests say of it; None for a shard that has to be measured."""
-    found: list[tuple[Path, R] | None] = [None] * len(shards)
-    by_folder: dict[Path, list[int]] = {}
-    for number, shard in enumerate(shards):
-        by_folder.setdefault(shard.parent, []).append(number)
-    for parent, numbers in by_folder.items():
+@dataclass(frozen=True)
+class Known(Generic[R]):
+    """What the manifests know of n shards: the folder of each one's file and its row. A folder of None: the shard has to be measured."""
+
+    folders: list[Path | None]
+    rows: Table[R]
+
+    def put(self, number: int, folder: Path, row: R) -> None:
+        self.folders[number] = folder
+        for field, value in row._asdict().items():
+            self.rows.columns[field][number] = value
+
+
+def look_up(folders: Folders, stats: Sequence[list[int]], measures: Sequence[Measure], index_dir: Path | None) -> list[Known]:
+    """What is known for each measure. stats: sizes [n] and times [n] of the shards as they are now."""
+    n = len(stats[0])
+    columns = ({field: [None] * n for field in measure.row._fields} for measure in measures)
+    found = [Known([None] * n, Table(measure.row, empty)) for measure, empty in zip(measures, columns, strict=True)]
+    for parent, (numbers, names) in folders.items():
         for folder in index_folders(parent, index_dir):
-            rows = read_manifest(folder / measure.manifest, measure)
-            files = set(os.listdir(folder)) if rows else set()
-            for number in numbers:
-                row = rows.get(shards[number].name)
-                if row is not None and row[1:3] == stats[number] and row.file in files and found[number] is None:
-                    found[number] = folder, row
+            files = set(os.listdir(folder)) if folder.is_dir() else set()
+            for known, measure in zip(found, measures, strict=True):
+                if measure.manifest in files:
+                    _take(known, folder, read_manifest(folder / measure.manifest, measure).columns, files, numbers, names, stats)
     return found
+
+
+def _take(
+    known: Known, folder: Path, columns: dict[str, list], files: set[str], numbers: Sequence[int], names: Sequence[str], stats: Sequence[list[int]]
+) -> None:
+    """Put in what a folder's manifest says of those shards that are as it says, and whose files are there."""
+    places = {name: place for place, name in enumerate(columns["name"])}
+    (sizes, times), (then, at), there = stats, (columns["size"], columns["mtime_ns"]), columns["file"]
+    fit, rows = [], []
+    for number, name in zip(numbers, names, strict=True):
+        place = places.get(name)
+        if place is not None and sizes[number] == then[place] and times[number] == at[place] and there[place] in files and known.folders[number] is None:
+            fit.append(number)
+            rows.append(place)
+            known.folders[number] = folder
+    for field, column in known.rows.columns.items():
+        source = columns[field]
+        for number, place in zip(fit, rows, strict=True):
+            column[number] = source[place]
+
+
+def by_folder(shards: Sequence[Path]) -> Folders:
+    """Numbers and names of the shards of each folder. By strings: the hash of a Path costs more than all the rest."""
+    folders: dict[str, tuple[list[int], list[str]]] = {}
+    for number, shard in enumerate(shards):
+        folder, _, name = os.fspath(shard).rpartition("/")
+        numbers, names = folders.setdefault(folder, ([], []))
+        numbers.append(number)
+        names.append(name)
+    return {shards[numbers[0]].parent: (numbers, names) for numbers, names in folders.values()}

@@ -41,7 +41,7 @@ def fingerprint(fields: dict[str, str]) -> str:
 
 def _source_fields(source: IndexedSource) -> dict[str, str]:
     """The mixing policy and the content of the index; the path may change, the samples may not."""
-    digests = [(index.digest, tokens.digest) for index, tokens in zip(source.indexes.rows, source.tokens.rows, strict=True)]
+    digests = [files.rows.columns["digest"] for files in (source.indexes, source.tokens)]
     excluded = [(shard, rows.tolist()) for shard, rows in sorted(source.kept.items())]
     content = hashlib.sha256(repr((digests, excluded)).encode())
     config = source.config

@@ -41,7 +41,8 @@ def expand_paths(path: str, suffixes: Sequence[str]) -> list[Path]:
             raise UserError(f"{name}: no such shard or folder of shards")
     if not shards:
         raise UserError(f"{path}: no {' or '.join(suffixes)} file there")
-    return sorted(set(shards), key=os.fsencode)
+    by_name = {os.fsencode(shard): shard for shard in shards}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def _expand_braces(path: str) -> list[str]:

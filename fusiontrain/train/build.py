@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import file_problems
+from fusiontrain.data.index_cache import prepare_sources
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
-from fusiontrain.parallel.reduce import barrier, gather_objects, on_main
+from fusiontrain.parallel.reduce import at_length, barrier, gather_objects, on_main
 from fusiontrain.train.checkpoint import (
     CONFIG,
     DamagedCheckpoint,
@@ -58,6 +59,7 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     """
     set_threads(config.train.threads, ranks)
     tokenizer = load_tokenizer(config)
+    index_first(config, ranks, reporter)
     loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
     require_same_data_on_ranks(gather_objects(loader.fields))
     validation_loader = None
@@ -77,6 +79,15 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
     return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer)
+
+
+def index_first(config: Config, ranks: Ranks, reporter: Reporter) -> None:
+    """Index what is not indexed yet on the main rank and then, for disks that machines do not share, on one rank of each machine.
+
+    So a corpus is never indexed by all ranks at once. Raises UserError on all ranks for a damaged shard.
+    """
+    for chosen in (ranks.is_main, ranks.local_rank == 0 and not ranks.is_main):
+        at_length(lambda: prepare_sources(config, reporter.indexing), chosen)
 
 
 def resume(

@@ -47,6 +47,9 @@ class TrainingDiverged(RuntimeError):
 class Reporter(Protocol):
     """Who tells a person how the run goes. The trainer itself prints nothing."""
 
+    def indexing(self, done: int, total: int) -> None:
+        """After every shard that is indexed before the run can start."""
+
     def started(self, step: int, steps: int, run_dir: Path) -> None: ...
 
     def step(self, values: Mapping[str, Any], due: bool) -> None:
