@@ -142,7 +142,7 @@ class Plan:
         """The sequences of every rank, in the order of the ranks."""
         sequences = self.step(step)
         sequences += [PlannedSequence(-1, 0, ())] * (self.sequences_per_step - len(sequences))
-        return [[sequences[i] for i in share] for share in balance([s.cost for s in sequences], world_size)]
+        return [[sequences[i] for i in share] for share in balance([(s.cost, s.image_tokens) for s in sequences], world_size)]
 
     def data_step(self, step: int) -> int:
         """The step of the data that a step of the training uses: the same, but for `data.from_step`."""
