@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -52,24 +51,28 @@ class Ahead:
         self.ring = Ring((self.depth + STEPS_WITH_THE_TRAINER) * parts, slot_bytes, fence if pinned else None)
         self._pinned = pinned and pin(self.ring.memory)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._stopped = False
         self._handed: list[weakref.ref[np.ndarray]] = []
 
     def steps(self, step: int) -> Iterator[list[Built]]:
         """The micro-batches of the steps from `step` on. They stay as they are as long as they are kept."""
         waiting: deque[list[Future[tuple[Built, np.ndarray] | None]]] = deque()
-        with contextlib.suppress(CancelledError):  # closed meanwhile
-            for ahead in range(self.depth):
-                waiting.append(self._submit(step + ahead))
-            while None not in (found := [future.result() for future in waiting.popleft()]):
-                step += 1
-                waiting.append(self._submit(step + self.depth - 1))
-                handed = self._hand_over([part for part in found if part is not None])
-                del found
-                yield handed
-                del handed
+        for ahead in range(self.depth):
+            waiting.append(self._submit(step + ahead))
+        while not self._stopped:
+            found = [built for future in waiting.popleft() if (built := future.result()) is not None]
+            if not found:
+                return
+            waiting.append(self._submit(step + self.depth))
+            step += 1
+            handed = self._hand_over(found)
+            del found
+            yield handed
+            del handed
 
     def stop(self) -> None:
-        """Begin nothing more."""
+        """Begin nothing more, and let `steps` end."""
+        self._stopped = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
