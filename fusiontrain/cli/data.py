@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
+from fusiontrain.cli import data_inspect
 from fusiontrain.cli.common import add_config_arguments, add_json_argument, note, print_json, print_table
 from fusiontrain.utils.errors import UserError
 
@@ -20,13 +20,12 @@ def add_parser(subparsers: Any) -> None:
     world.add_argument("--seed", type=int, default=0)
     index = actions.add_parser("index", help="index shards (kept beside them) and count what is in them")
     verify = actions.add_parser("verify", help="read every member and compare its CRC32, decode every image; exit 2 on damage")
-    inspect = actions.add_parser("inspect", help="show one sample as text")
-    for parser in (index, verify, inspect):
+    for parser in (index, verify):
         parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar, a folder of tars, a glob, or a brace range")
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
     index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
-    inspect.add_argument("--sample", type=int, default=0, help="number of the sample (default: 0)")
+    data_inspect.add_parser(actions)
     plan = actions.add_parser("plan", help="what the first steps of a training will hold: no sample is read")
     add_config_arguments(plan)
     plan.add_argument("--steps", type=int, default=20)
@@ -37,13 +36,15 @@ def add_parser(subparsers: Any) -> None:
     peek.add_argument("--rank", type=int, default=0, help="only the share of this rank out of --world-size")
     peek.add_argument("--world-size", type=int, default=1)
     peek.add_argument("--out", metavar="DIR", help="default: peek-step-N")
-    for parser in (world, index, verify, inspect, plan, peek):
+    for parser in (world, index, verify, plan, peek):
         add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or UserError with one sentence."""
-    actions = {"make-world": _make_world, "index": _index, "verify": _verify, "inspect": _inspect, "plan": _plan, "peek": _peek}
+    if args.action == "inspect":
+        return data_inspect.run(args)
+    actions = {"make-world": _make_world, "index": _index, "verify": _verify, "plan": _plan, "peek": _peek}
     report = actions[args.action](args)
     if args.json:
         print_json(report)
@@ -106,34 +107,6 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
     if problems:
         raise UserError("\n".join(problems))
     return {"samples": samples, "problems": 0}
-
-
-def _inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from fusiontrain.data.errors import BadSample
-    from fusiontrain.data.formats.read import read_sample
-    from fusiontrain.data.index import member_reader
-
-    number = args.sample
-    indexed = _indexed(args)
-    while indexed and number >= len(indexed[0][1]):
-        number -= len(indexed.pop(0)[1])
-    if not indexed:
-        raise UserError(f"--sample {args.sample}: the shards hold fewer usable samples")
-    shard, index, _ = indexed[0]
-    descriptor = os.open(shard, os.O_RDONLY)
-    try:
-        members = index.members(number)
-        sample = read_sample("auto", members, member_reader(members, descriptor), False)
-    except BadSample as error:
-        raise UserError(f"{shard}: sample {index.numbers[number]} ({index.key(number)}): {error}") from error
-    finally:
-        os.close(descriptor)
-    first = int(index.piece_start[number])
-    pieces = {}
-    for place, piece in enumerate(sample.pieces):
-        size = f"{index.widths[first + place]} x {index.heights[first + place]} pixels, .{piece.image}"
-        pieces[f"{place}"] = piece.text if piece.text is not None else f"[image of {size}]"
-    return {"shard": str(shard), "key": index.key(number), **pieces}
 
 
 def _planned(args: argparse.Namespace) -> tuple[Any, Any, Any]:
