@@ -70,22 +70,23 @@ def patchify(maps: np.ndarray, side: int) -> np.ndarray:
     return np.ascontiguousarray(cut, dtype=np.float32).reshape(-1, channels * side * side)
 
 
-def _load_array(kind: str, data: bytes) -> np.ndarray:
+def load_array(suffix: str, data: bytes) -> np.ndarray:
+    """The array of a .npy member. Raises BadSample."""
     try:
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # the header is parsed as Python: a damaged one may raise nearly anything
-        raise BadSample(f"its .{kind} is not a numpy array ({error})", DECODE) from error
+        raise BadSample(f"its .{suffix} is not a numpy array ({error})", DECODE) from error
 
 
 def _load_codes(data: bytes) -> np.ndarray:
-    array = _load_array(CODES_SUFFIX, data)
+    array = load_array(CODES_SUFFIX, data)
     if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
         raise BadSample(f"its .{CODES_SUFFIX} is {array.dtype} {list(array.shape)}, expected whole numbers [height, width]", DECODE)
     return array
 
 
 def _load_latent(data: bytes) -> np.ndarray:
-    array = _load_array(LATENT_SUFFIX, data)
+    array = load_array(LATENT_SUFFIX, data)
     if array.ndim != 3 or array.dtype.kind not in "fiu" or not array.size:
         raise BadSample(f"its .{LATENT_SUFFIX} is {array.dtype} {list(array.shape)}, expected numbers [channels, height, width]", DECODE)
     return array.astype(np.float32)
