@@ -8,7 +8,7 @@ import torch
 
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton, require_triton
-from fusiontrain_kernels.masked_routing_attention import chunked, dense, reference
+from fusiontrain_kernels.masked_routing_attention import chunked, dense, flash, flex, reference
 from fusiontrain_kernels.masked_routing_attention.arguments import Arguments
 
 _Output = tuple[torch.Tensor, torch.Tensor | None]
@@ -55,7 +55,8 @@ def masked_routing_attention(
     Returns out [T, H, Dh] in q's dtype, or (out, lse). A query that sees nothing gives zeros, an lse of -inf, and no gradient.
 
     impl: auto (triton on a GPU, else chunked), chunked (plain torch without [T, T] memory), triton (a GPU; elsewhere only under
-    TRITON_INTERPRET=1), sdpa (torch's own with the mask made dense, [T, T] memory), reference (the specification: dense, [H, T, T] memory).
+    TRITON_INTERPRET=1), sdpa (torch's own with the mask made dense, [T, T] memory), flex (torch's flex_attention; no gradient on the CPU), flash
+    (flash-attn, where every query sees what comes before it in a contiguous document; no lse), reference (the specification: dense).
     Raises ValueError for an unknown impl, for one that cannot run here or on this, and for tensors that do not fit together.
     """
     attend = choose("masked_routing_attention", _IMPLEMENTATIONS, impl, auto=auto_triton(q, "chunked"))
@@ -77,4 +78,6 @@ _IMPLEMENTATIONS = {
     "chunked": chunked.masked_routing_attention,
     "sdpa": dense.masked_routing_attention,
     "triton": _triton,
+    "flex": flex.masked_routing_attention,
+    "flash": flash.masked_routing_attention,
 }

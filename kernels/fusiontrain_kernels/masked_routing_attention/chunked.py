@@ -1,8 +1,7 @@
 """masked_routing_attention in chunks of neighbouring queries, each over the few keys that any of them sees. Plain PyTorch, any device.
 
 The plan of a call (which chunks, which keys, which masks) depends on `key_ranges` alone and is read by the host, which on a GPU waits for
-the device. It is made once per `key_ranges` tensor and kept as long as that lives: the layers of a model share it, and so does a backward
-that computes the forward again.
+the device. It is made once per `key_ranges` tensor.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusiontrain_kernels.masked_routing_attention.arguments import Arguments
+from fusiontrain_kernels.masked_routing_attention.kept import Kept
 from fusiontrain_kernels.masked_routing_attention.reference import masked_lse, scaled_scores
 
 CHUNK_ROWS = 64
@@ -34,10 +33,6 @@ class _Plan:
     keys: torch.Tensor
     masks: list[torch.Tensor | None]
     rows: list[list[tuple[int, int]]]
-
-
-_PLANS = WeakTensorKeyDictionary()
-"""key_ranges -> ((its version, CHUNK_ROWS), its plan)."""
 
 
 def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -87,18 +82,6 @@ def _wanted(plan: _Plan, grad_rows: torch.Tensor | None) -> list[bool]:
     return [any(first < end and begin < last for first, last in rows for begin, end in intervals) for rows in plan.rows]
 
 
-@_disable_dynamo  # reads numbers on the host: not for a graph. Unlike torch.compiler.disable it does not import the compiler (a second)
-def _plan_of(key_ranges: torch.Tensor) -> _Plan:
-    """The plan made last for this tensor object, unless it was written to since."""
-    if key_ranges.is_inference():  # does not count its writes
-        return _make_plan(key_ranges)
-    stamp = (key_ranges._version, CHUNK_ROWS)
-    known = _PLANS.get(key_ranges)
-    if known is None or known[0] != stamp:
-        known = _PLANS[key_ranges] = (stamp, _make_plan(key_ranges))
-    return known[1]
-
-
 def _make_plan(key_ranges: torch.Tensor) -> _Plan:
     num_rows = _chunk_sizes(key_ranges)
     empty = key_ranges[..., :1] >= key_ranges[..., 1:]
@@ -145,3 +128,6 @@ def _chunk_sizes(key_ranges: torch.Tensor) -> list[int]:
     changes = (sees_itself[1:] != sees_itself[:-1]).any(dim=1).nonzero().squeeze(1) + 1
     borders = [0, *changes.tolist(), len(key_ranges)]
     return [min(CHUNK_ROWS, end - first) for start, end in itertools.pairwise(borders) for first in range(start, end, CHUNK_ROWS)]
+
+
+_plan_of = Kept(_make_plan)

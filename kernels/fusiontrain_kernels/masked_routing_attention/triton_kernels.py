@@ -4,8 +4,8 @@ A tile of queries reads its rows' intervals, one slice after another, and from t
 inside every row's interval and need no mask. Tiles of keys start at multiples of their size and are visited in ascending order, masked or
 not. So the bits of a row depend on the keys it sees and on where they lie, not on the rows that share its tile.
 
-Scores are scaled by log2(e) too, and exponentials are powers of two. `lse` [H, T] is log2 of a row's sum of them; +inf for a row without
-keys, which makes every probability of it 0 in the backward. The backward has no atomics: a program owns the rows it writes.
+Scores are scaled by log2(e) too, and exponentials are powers of two. `lse` [H, T] is log2 of a row's sum of them, -inf for a row without
+keys. The backward has no atomics: a program owns the rows it writes.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def forward_kernel(q, k, v, key_ranges, out, lse, num_rows, q_row, q_head, k_row
     blind = total == 0
     acc = acc / tl.where(blind, 1.0, total)[:, None]
     _store_rows(out + head * D, start, H * D, num_rows, acc, BM, D, DP)
-    tl.store(_head(lse, head, num_rows) + rows, tl.where(blind, float("inf"), top + tl.math.log2(tl.where(blind, 1.0, total))), mask=rows < num_rows)
+    tl.store(_head(lse, head, num_rows) + rows, top + tl.math.log2(tl.where(blind, 1.0, total)), mask=rows < num_rows)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tens
     if q.shape[-1] > max(configs.HEAD_DIMS):
         raise ValueError(f"masked_routing_attention: impl='triton' has no tiles for a head dim of {q.shape[-1]}, at most {max(configs.HEAD_DIMS)}")
     out, lse = _forward_op(q, k, v, given.key_ranges, given.query_ranges, given.grad_rows, given.scale)
-    return out, torch.where(lse == torch.inf, -torch.inf, lse / _LOG2_E)
+    return out, torch.where(lse == -torch.inf, -torch.inf, lse / _LOG2_E)  # so that no NaN comes back where a row sees nothing
 
 
 @torch.library.custom_op("fusiontrain::masked_routing_attention", mutates_args=())
