@@ -77,4 +77,4 @@ def _widths(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _usable(operator: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> list[str]:
-    return [name for name in choices.implementations(operator) if not choices.obstacle(operator, name, device, dtype, widths)]
+    return [name for name in choices.IMPLEMENTATIONS[operator] if not choices.obstacle(operator, name, device, dtype, widths)]
