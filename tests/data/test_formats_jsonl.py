@@ -138,4 +138,4 @@ def test_the_commands_read_lines_too(tmp_path, capsys):
     assert main(["data", "index", str(tmp_path), "--text-key", "content", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text bytes"] == 5
     assert main(["data", "inspect", str(tmp_path), "--text-key", "content", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["0"] == "hello"
+    assert json.loads(capsys.readouterr().out)["pieces"] == [{"text": "hello"}]
