@@ -163,8 +163,10 @@ class KernelsConfig(Section):
         description="for every operator that is null below. auto: the best one for the device, the log says which; reference: the specification, "
         "slow; triton: a GPU. An implementation that is asked for by name and cannot run ends the run",
     )
-    attention: Literal["auto", "reference", "chunked", "sdpa", "triton"] | None = Field(
-        None, description="chunked: query chunks over their key ranges; sdpa: torch's own with a dense mask"
+    attention: Literal["auto", "reference", "chunked", "sdpa", "flex", "flash", "triton"] | None = Field(
+        None,
+        description="chunked: query chunks over their key ranges; sdpa: torch's own with a dense mask; flex: torch's flex_attention; "
+        "flash: flash-attn, for text alone",
     )
     gemm: Literal["auto", "reference", "segments", "grouped_mm", "triton"] | None = Field(
         None, description="segments: one GEMM per modality; grouped_mm: torch's own; triton: one launch, with SwiGLU in it where swiglu is triton too"

@@ -61,7 +61,7 @@ class Options:
 
 def parse(description: str | None, arguments: list[str] | None = None) -> Options:
     """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(description or " ").splitlines()[0])
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=found, help=f"cuda or cpu; here {found}")
     parser.add_argument("--size", choices=["toy", "cpu", "gpu"], help="default: as the device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from fusiontrain_kernels._launch import has_triton, interpreting
 
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
-    "masked_routing_attention": ("chunked", "sdpa", "triton", "reference"),
+    "masked_routing_attention": ("chunked", "sdpa", "flex", "flash", "triton", "reference"),
     "modality_gemm": ("segments", "grouped_mm", "triton", "reference"),
     "rms_norm": ("reference", "triton"),
     "rope": ("reference", "triton"),
@@ -59,5 +60,23 @@ def _grouped_mm(operator: str, device: torch.device, dtype: torch.dtype, widths:
     return f"rows of {uneven[0]} {str(dtype).removeprefix('torch.')} numbers are no multiple of 16 bytes" if uneven else None
 
 
-_OBSTACLES: Mapping[str, Callable[[str, torch.device, torch.dtype, Sequence[int]], str | None]] = {"triton": _triton, "grouped_mm": _grouped_mm}
+def _flex(operator: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
+    return "torch's flex_attention has no gradient on the CPU" if device.type == "cpu" else None
+
+
+def _flash(operator: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
+    """What the mask must be like shows at the first batch only."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn computes in bfloat16 or float16 on a GPU, not in {str(dtype).removeprefix('torch.')} on {device.type}"
+    return None
+
+
+_OBSTACLES: Mapping[str, Callable[[str, torch.device, torch.dtype, Sequence[int]], str | None]] = {
+    "triton": _triton,
+    "grouped_mm": _grouped_mm,
+    "flex": _flex,
+    "flash": _flash,
+}
 """By implementation. Those that are not named here run everywhere."""

