@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> Report:
     """Runs all of it."""
     options = parse(__doc__, arguments)
     report = Report("cross_entropy", options)
-    for dtype in [torch.bfloat16] if options.device.type == "cuda" else [torch.bfloat16, torch.float32]:
+    for dtype in [torch.bfloat16, *[torch.float32] * (options.size == "cpu")]:
         for trained in (False, True):
             compare(options, report, dtype, trained)
     return report

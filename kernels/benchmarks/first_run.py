@@ -52,7 +52,7 @@ class Sizes:
     loss_rows: int
 
 
-SIZES = {"toy": Sizes(53, 32, 48, 50, 2, 1, 16, 21), "gpu": Sizes(8192, 4096, 14336, 128256, 8, 2, 128, 4096)}
+SIZES = {"toy": Sizes(37, 16, 24, 50, 2, 1, 16, 21), "gpu": Sizes(8192, 4096, 14336, 128256, 8, 2, 128, 4096)}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Options:
 
 def parse(description: str | None, arguments: list[str] | None = None) -> Options:
     """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=(description or " ").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=found, help=f"cuda or cpu; here {found}")
     parser.add_argument("--size", choices=["toy", "cpu", "gpu"], help="default: as the device")
@@ -90,9 +90,10 @@ def can_run_triton(options: Options) -> bool:
 
 
 def time_each(functions: Mapping[str, Function], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every function in every round, after two runs of each that do not count."""
+    """Seconds of every function in every round, after two runs of each that do not count (none before a single round)."""
     for function in functions.values():
-        function(), function()
+        for _ in range(min(rounds - 1, 2)):
+            function()
     timer = _on_gpu if device.type == "cuda" else _on_cpu
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):

@@ -21,7 +21,7 @@ import torch
 from harness import time_each
 
 from fusiontrain_kernels._launch import architecture
-from fusiontrain_kernels.modality_gemm import configs, table, triton_ops
+from fusiontrain_kernels.modality_gemm import table, triton_ops
 from fusiontrain_kernels.modality_gemm.configs import CONFIGS, Config
 
 Table = Mapping[int, Mapping[str, tuple[int, ...]]]
@@ -133,7 +133,7 @@ def search(kernel: str, call: Callable[[], torch.Tensor], capability: int, candi
 
 def main(arguments: list[str] | None = None) -> Table:
     """Searches, writes, and returns the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="regular expression for kernels")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--size", choices=list(SIZES), default="gpu", help="toy: for Triton's interpreter")
@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> Table:
         parser.error("there is no GPU here: --size toy tries the search in Triton's interpreter")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     capability = architecture(torch.empty(0, device=device))
-    found = {name: search(name, call, capability, CANDIDATES[options.size], device, options.rounds) for name, call in calls(options.size, device).items() if re.search(options.only, name)}
+    chosen = {name: call for name, call in calls(options.size, device).items() if re.search(options.only, name)}
+    found = {name: search(name, call, capability, CANDIDATES[options.size], device, options.rounds) for name, call in chosen.items()}
     today = {name: tuple(config) for name, config in CONFIGS[max(known for known in CONFIGS if known <= capability)].items()}
     rows = {**table.TABLE, capability: {**today, **{name: tuple(config) for name, config in found.items()}}}
     options.table.write_text(render(rows))
