@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
+from fusiontrain_kernels._launch import accumulator, on_device
 from fusiontrain_kernels.masked_routing_attention import configs
 from fusiontrain_kernels.masked_routing_attention import triton_kernels as kernels
 from fusiontrain_kernels.masked_routing_attention.arguments import Arguments
@@ -38,13 +38,14 @@ def _forward_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _empty_forward(q)
-    forward(q, k, v, key_ranges, scale, out, lse)
+    with on_device(q):
+        forward(q, k, v, key_ranges, scale, out, lse)
     return out, lse
 
 
 def _empty_forward(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, num_heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(num_heads, num_rows, dtype=_accumulator(q))
+    return q.new_empty(q.shape), q.new_empty(num_heads, num_rows, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_forward_op.register_fake
@@ -69,7 +70,8 @@ def _backward_op(
     need_kv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = _empty_backward(q, k, v, need_q, need_kv)
-    backward(d_out, d_lse, q, k, v, key_ranges, query_ranges, grad_rows, out, lse, scale, dq if need_q else None, (dk, dv) if need_kv else None)
+    with on_device(q):
+        backward(d_out, d_lse, q, k, v, key_ranges, query_ranges, grad_rows, out, lse, scale, dq if need_q else None, (dk, dv) if need_kv else None)
     return dq, dk, dv
 
 
@@ -112,7 +114,7 @@ def forward(
     if num_rows == 0:
         return
     q, k, v = map(_unit_stride, (q, k, v))
-    config = _select("forward", q)
+    config = configs.select("forward", q)
     kernels.forward_kernel[(triton.cdiv(num_rows, config.BM), num_heads)](
         q, k, v, key_ranges.contiguous(), out, lse, num_rows, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         H=num_heads, GROUP=num_heads // k.shape[1], G=key_ranges.shape[1], SCALE2=scale * _LOG2_E, **_sizes(q, config)
@@ -152,12 +154,12 @@ def backward(
         "SCALE2": scale * _LOG2_E,
     }
     if dkdv is not None:
-        config = _select("dkdv", q)
+        config = configs.select("dkdv", q)
         kernels.dkdv_kernel[(triton.cdiv(num_rows, config.BN), k.shape[1])](
             q, k, v, query_ranges.contiguous(), grads, d_out, lse, delta, *dkdv, *strides, **constants, G=query_ranges.shape[1], **_sizes(q, config)
         )
     if dq is not None:
-        config = _select("dq", q)
+        config = configs.select("dq", q)
         kernels.dq_kernel[(triton.cdiv(num_rows, config.BM), num_heads)](
             q, k, v, key_ranges.contiguous(), grads, d_out, lse, delta, dq, *strides, **constants, G=key_ranges.shape[1], **_sizes(q, config)
         )
@@ -167,7 +169,7 @@ def _delta(d_out: torch.Tensor, d_lse: torch.Tensor | None, out: torch.Tensor, l
     """[H, T]: what a row's weights take off the gradient of each of its scores; minus the gradient of the natural lse."""
     num_rows, num_heads, _ = out.shape
     delta = lse.new_empty(lse.shape)
-    config = _select("delta", out)
+    config = configs.select("delta", out)
     sizes = _sizes(out, config)
     del sizes["BN"]
     kernels.delta_kernel[(triton.cdiv(num_rows, config.BM), num_heads)](out, d_out, delta, num_rows, *d_out.stride()[:2], H=num_heads, **sizes)
@@ -179,15 +181,6 @@ def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 and tensor.stride(0) <= 2**24 - tensor.shape[-1] else tensor.contiguous()
 
 
-def _accumulator(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _select(kernel: str, q: torch.Tensor) -> configs.Config:
-    return configs.select(kernel, triton.next_power_of_2(q.shape[-1]), q.dtype, q.device)
-
-
 def _sizes(q: torch.Tensor, config: configs.Config) -> dict[str, Any]:
     head_dim = q.shape[-1]
-    accumulator = tl.float64 if q.dtype == torch.float64 else tl.float32
-    return {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "ACC": accumulator, **config._asdict()}
+    return {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "ACC": accumulator(q), **config._asdict()}
