@@ -195,3 +195,31 @@ def test_frozen_text_gives_the_same_bits_with_and_without_images(tmp_path, kerne
     rows = sum(document.num_tokens for document in text)
     with torch.no_grad():
         assert torch.equal(model.text_logits(alone)[:rows], model.text_logits(together)[:rows])
+
+
+# ---------------------------------------------------------------- compiled
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("kernels", "allowed"), [({}, 2), ({"impl": "triton"}, 1)], ids=["auto", "triton"])
+def test_a_compiled_block_takes_any_routing(tmp_path, kernels: dict[str, str], allowed: int):
+    """At a fixed number of rows Triton kernels need one compilation for all batches. Chunked attention runs between graphs, and what is around
+    it is compiled once for the first borders of modalities and once for all others."""
+    config = config_of("lmfusion", tmp_path, **kernels)
+    model, graphs = build_model(config), []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs[-1].append(graph)
+        return graph.forward
+
+    layouts = [[document(TEXT, ("image", 1, count), seed=count), document(TEXT[: 7 - count])] for count in range(2, 6)]
+    batches = [batch_of(documents, config) for documents in layouts]
+    with torch.no_grad():
+        expected = [model(batch)["text"].sum for batch in batches]
+        torch.compiler.reset()
+        model.blocks[0].compile(backend=backend)
+        for batch, loss in zip(batches, expected, strict=True):
+            graphs.append([])
+            torch.testing.assert_close(model(batch)["text"].sum, loss)
+    assert all(graphs[:allowed])
+    assert not any(graphs[allowed:])
