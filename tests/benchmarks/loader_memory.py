@@ -30,11 +30,11 @@ def main() -> None:
     parser.add_argument("--executor", choices=["threads", "processes"], default="processes")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--documents", type=int, default=100_000)
-    parser.add_argument("--shards", help="folder of shards; default: 2,000 documents of 128-pixel JPEGs, made in the temporary folder")
+    parser.add_argument("--shards", help="folder of shards; default: 2,000 documents of a text and a 128-pixel JPEG, made in the temporary folder")
     args = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "fusiontrain-loader-memory"
     if not args.shards and not folder.is_dir():
-        write_photo_shards(folder, shards=20, samples=100, side=128)
+        write_photo_shards(folder, shards=20, samples=100, side=128, images=1)
     config = tiny_config({
         "data.sources": [{"path": args.shards or str(folder)}], "data.executor": args.executor, "data.num_workers": args.workers,
         "data.sequence_length": 8192, "data.image": {"size": 64, "patch_size": 4}, "data.prefetch_bytes": 64 * 2**20,
