@@ -12,6 +12,7 @@ from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import file_problems
 from fusiontrain.data.loader import Loader
+from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
@@ -58,7 +59,11 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     """
     set_threads(config.train.threads, ranks)
     tokenizer = load_tokenizer(config)
-    loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
+    loader: Loader | StreamLoader
+    if config.data.mode == "stream":
+        loader = StreamLoader(config, tokenizer, ranks.rank, ranks.world_size)
+    else:
+        loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
     validation_loader = None
     if config.data.validation_sources:
         validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size)
