@@ -61,6 +61,13 @@ def test_ranks_share_every_epoch_without_overlap(shards, world_size):
     assert epochs[0] != epochs[1]
 
 
+def test_one_shard_is_shuffled_anew_in_every_epoch(shards):
+    samples = stream(f"{shards}/shard-000.tar")._samples(0, 0)
+    orders = [tuple(raw["__key__"] for _, raw in itertools.islice(samples, 6)) for _ in range(4)]
+    assert len(set(orders)) > 2
+    assert {tuple(sorted(order)) for order in orders} == {tuple(f"s0-{n:04d}" for n in range(6))}
+
+
 def tokens_of(document):
     return [s.token_ids.tolist() if s.token_ids is not None else s.values.tolist() for s in document.segments]
 
