@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
     peek.add_argument("--world-size", type=int, default=1)
     peek.add_argument("--out", metavar="DIR", help="default: peek-step-N")
     convert = actions.add_parser("convert", help="write a published interleaved dataset as shards, with pictures that are downloaded already")
-    convert.add_argument("source", metavar="SOURCE", help="a .parquet, .jsonl, .jsonl.gz, .jsonl.zip or tar of .json, a folder, a glob, or a brace range")
+    convert.add_argument("source", metavar="SOURCE", help=".parquet, .jsonl, .jsonl.gz, .jsonl.zip or .tar of .json: one, a folder, a glob, or a brace range")
     convert.add_argument("out", metavar="OUT", help="folder of the shards; run again to go on with a conversion that was broken off")
     convert.add_argument("--format", required=True, choices=["obelics", "mmc4", "moscar", "jsonl"], help="obelics also reads MINT-1T-HTML")
     convert.add_argument("--pictures", metavar="PATH", nargs="+", default=[], help="tars or folders of pictures, found by URL (img2dataset) or by file name")
@@ -135,6 +135,8 @@ def _planned(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from fusiontrain.data.tokenizer import load_tokenizer
 
     config = load(args.config, args.overrides)
+    if config.data.mode == "stream":
+        raise UserError("data.mode=stream has no plan: what a step holds is known when it is read; index the shards and set data.mode=planned")
     tokenizer = load_tokenizer(config)
     return config, tokenizer, Plan(config, index_sources(config.data.sources, config.data, tokenizer), tokenizer, training=True)
 

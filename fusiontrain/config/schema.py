@@ -93,6 +93,10 @@ class ImageDataConfig(Section):
 
 
 class DataConfig(Section):
+    mode: Literal["planned", "stream"] = Field(
+        "planned", description="stream: read un-indexed shards and pipes as webdataset does; not elastic, no exact resume, no `data plan`"
+    )
+    stream_shuffle_documents: int = Field(1000, ge=1, description="mode stream: documents of each source that a rank shuffles in memory")
     sources: tuple[SourceConfig, ...] = Field(..., min_length=1)
     validation_sources: tuple[SourceConfig, ...] = ()
     modalities: tuple[Literal["text", "image"], ...] = Field(("text", "image"), description="('text',) drops the pictures and keeps their BOI and EOI markers")

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _codes, _images, _formats, _data_order, _batch, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _batch, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -142,6 +142,18 @@ def _formats(config: Config) -> Iterator[Problem]:
                 yield Problem(f"data.{name}.{index}.text_key", f"is {source.text_key!r}, but an interleaved document's texts are in 'texts'; set it to null")
 
 
+def _stream(config: Config) -> Iterator[Problem]:
+    if config.data.mode != "stream":
+        return
+    if config.data.from_step:
+        yield Problem("data.from_step", "needs a plan to jump in, and data.mode=stream has none; set it to []")
+    if config.data.mix_by != "documents":
+        yield Problem("data.mix_by", "tokens needs the lengths of all documents, which data.mode=stream does not know; set it to documents")
+    for index, source in enumerate(config.data.sources):
+        if source.max_epochs is not None or source.weight_schedule:
+            yield Problem(f"data.sources.{index}", "max_epochs and weight_schedule need a plan, and data.mode=stream has none; set them to null and []")
+
+
 def _data_order(config: Config) -> Iterator[Problem]:
     for index, source in enumerate(config.data.sources):
         schedule = source.weight_schedule
@@ -229,7 +241,7 @@ def _missing_files(config: Config) -> Iterator[Problem]:
 
 def _found(source: SourceConfig) -> bool:
     path = source.path
-    if "://" in path:  # not on this disk
+    if "://" in path or path.startswith("pipe:"):  # not on this disk
         return True
     if Path(path).is_dir():
         return any(any(Path(path).glob(pattern)) for pattern in ("*.tar", "*.jsonl"))

@@ -78,7 +78,8 @@ def prepare_sources(config: Config, progress: Progress) -> None:
     """Build what is missing of the indexes of all sources, with as many processes as there are cores and work for. Raises UserError."""
     path = config.data.tokenizer.path or config.model.base
     tokenizer = load_tokenizer(config)
-    for source in (*config.data.sources, *config.data.validation_sources):
+    planned = config.data.sources if config.data.mode == "planned" else ()
+    for source in (*planned, *config.data.validation_sources):
         shards = expand_shards(source.path)
         workers = min(len(os.sched_getaffinity(0)), 1 + sum(stat_of(shard).size for shard in shards) // BYTES_PER_PROCESS)
         spec = None if path is None else (path, config.data.tokenizer)

@@ -20,6 +20,7 @@ from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
+from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.fsdp import free_gathered
@@ -82,7 +83,7 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.AdamW
     tokenizer: Tokenizer
-    loader: Loader
+    loader: Loader | StreamLoader
     validation_loader: Loader | None
     tensors: Tensors
     identity: Mapping[str, Any]

@@ -272,8 +272,9 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
 def test_a_conversion_that_broke_off_goes_on_and_ends_the_same(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl.gz").write_bytes(gzip.compress(lines_of(5).encode()))
-    whole = gzip.compress((lines_of(3, 10) + "\n").encode()) + gzip.compress(lines_of(2, 13).encode())
-    (tmp_path / "in" / "b.jsonl.gz").write_bytes(whole[:-9])
+    begin = gzip.compress((lines_of(3, 10) + "\n").encode())
+    whole = begin + gzip.compress(lines_of(2, 13).encode())
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(whole[: len(begin) + 5])
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"b\.jsonl\.gz: cannot be read to its end"):
         run(tmp_path / "in", out, "jsonl", documents_per_shard=2)

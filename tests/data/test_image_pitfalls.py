@@ -188,7 +188,7 @@ def make_loader(shard, **overrides):
 
 
 def documents(loader, count: int = 1):
-    return [document for step in range(count) for planned in loader.plan.step(step) for document in loader._read(planned).documents]
+    return [document for step in range(count) for planned in loader.plan.step(step) for document in loader.builder.read(planned, []).documents]
 
 
 def test_a_document_of_two_hundred_pictures_keeps_them_in_order(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fusiontrain.config.schema import Config
-from fusiontrain.data.index_cache import index_shard
+from fusiontrain.data.index_cache import Reading, index_shard
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -30,6 +30,7 @@ STEPS = 5
 class Silent:
     """A reporter that nobody hears."""
 
+    def indexing(self, *_: Any) -> None: ...
     def started(self, *_: Any) -> None: ...
     def step(self, *_: Any) -> None: ...
     def event(self, *_: Any) -> None: ...
@@ -49,7 +50,7 @@ def train(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def rot(shard: Path, row: int) -> dict[str, Any]:
     """Flip one bit in the image of a sample, unseen by whoever looks at size and time; returns what is to be said of it."""
-    index, stat = index_shard(shard, "auto", False), shard.stat()
+    index, stat = index_shard(shard, Reading("auto", False)), shard.stat()
     members = index.members(row)
     image = next(member for suffix, member in members.items() if suffix.endswith(("png", "jpg")))
     data = bytearray(shard.read_bytes())

@@ -40,7 +40,7 @@ class PictureTable:
         """The bytes of a picture: its own, else those of its URL, else those of its name; None where there are none."""
         if picture.data is not None or self._table is None:
             return picture.data
-        for key in [_key(kind, value) for kind, value in (("url", picture.url), ("name", picture.name)) if value is not None]:
+        for key in (_key(kind, name) for kind, name in (("url", picture.url), ("name", picture.name)) if name is not None):
             row = self._table.execute("SELECT file, offset, size FROM pictures WHERE key = ?", (key,)).fetchone()
             if row is not None:
                 file, offset, size = row
