@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,7 +21,7 @@ def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tens
     blind = (given.key_ranges[..., 0] >= given.key_ranges[..., 1]).all(1)
     options = {"block_mask": _block_mask(given.key_ranges), "scale": given.scale, "enable_gqa": True, "return_aux": AuxRequest(lse=given.return_lse)}
     try:
-        out, rest = _attention(q.device.type)(*(tensor.transpose(0, 1)[None] for tensor in (q, k, v)), **options)
+        out, rest = _compiled("flex_attention", q.device.type)(*(tensor.transpose(0, 1)[None] for tensor in (q, k, v)), **options)
     except NotImplementedError as error:  # torch refuses the backward on the CPU
         raise ValueError(f"masked_routing_attention: impl='flex': {error}") from None
     lse = rest.lse[0].masked_fill(blind, -torch.inf) if given.return_lse else None
@@ -28,16 +29,14 @@ def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tens
 
 
 @cache
-def _attention(device: str) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _compiled(name: str, device: str) -> Callable[..., Any]:
+    """A function of torch's, as it is on the CPU, compiled elsewhere."""
+    function = getattr(importlib.import_module("torch.nn.attention.flex_attention"), name)
+    return function if device == "cpu" else torch.compile(function, dynamic=False)
 
-    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=False)
 
-
-def make_block_mask(key_ranges: torch.Tensor, create: Callable[..., Any] | None = None) -> Any:
-    """The BlockMask of intervals [T, G, 2], by torch's `create_block_mask`, or by `create`, a compiled one."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def make_block_mask(key_ranges: torch.Tensor) -> Any:
+    """The BlockMask of intervals [T, G, 2]."""
     ranges = key_ranges.detach()  # another object: what is kept for key_ranges must not keep it alive
     num_slices = ranges.shape[1]
 
@@ -47,7 +46,8 @@ def make_block_mask(key_ranges: torch.Tensor, create: Callable[..., Any] | None 
             found = found | ((key >= ranges[query, g, 0]) & (key < ranges[query, g, 1]))
         return found
 
-    return (create or create_block_mask)(allowed, None, None, len(ranges), len(ranges), device=ranges.device)
+    create = _compiled("create_block_mask", ranges.device.type)
+    return create(allowed, None, None, len(ranges), len(ranges), device=ranges.device)
 
 
 _block_mask = Kept(make_block_mask)
