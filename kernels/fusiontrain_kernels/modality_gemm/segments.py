@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -26,7 +27,7 @@ def modality_gemm(x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: tupl
 
 class _Segments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bounds: tuple[int, ...], *tensors: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, bounds: tuple[int, ...], *tensors: Any) -> torch.Tensor:
         weights, biases = tensors[: len(bounds) - 1], tensors[len(bounds) - 1 :]
         ctx.bounds = bounds
         ctx.save_for_backward(x, *weights)
