@@ -34,8 +34,8 @@ from fusiontrain_kernels.swiglu import swiglu
 
 Tensors = Sequence[torch.Tensor]
 EPS = 1e-5
-FLOOR = 1e-3
-"""A relative error that is always allowed: less than that of one rounding to bfloat16."""
+FLOOR = 2.0**-8
+"""A relative error that is always allowed: the largest of one rounding to bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,17 @@ class Sizes:
     loss_rows: int
 
 
-SIZES = {"toy": Sizes(37, 16, 24, 50, 2, 1, 16, 21), "gpu": Sizes(8192, 4096, 14336, 128256, 8, 2, 128, 4096)}
+SIZES = {"toy": Sizes(21, 16, 16, 24, 2, 1, 16, 5), "gpu": Sizes(8192, 4096, 14336, 128256, 8, 2, 128, 4096)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """call(*leaves, impl=) -> outputs; `impl` is "reference" or "triton"."""
+    """call(*leaves, impl=) -> outputs; `impl` is "reference", "triton", or what is PyTorch's own way: `usual`."""
 
     name: str
     call: Callable[..., Tensors]
     leaves: Tensors
+    usual: str = "reference"
 
 
 class Maker:
@@ -123,7 +124,7 @@ def attention(sizes: Sizes, leaf: Maker) -> Case:
         return (masked_routing_attention(q, k, v, keys, queries, impl=impl),)
 
     q, k, v = (leaf(sizes.num_rows, heads, sizes.head_dim) for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads))
-    return Case("masked_routing_attention", call, [q, k, v])
+    return Case("masked_routing_attention", call, [q, k, v], usual="sdpa")
 
 
 def results(case: Case, leaves: Tensors, impl: str) -> list[torch.Tensor]:
@@ -143,7 +144,7 @@ def distance(actual: torch.Tensor, exact: torch.Tensor) -> float:
 def faults(case: Case, rounds: int) -> list[str]:
     """What is wrong with a kernel: errors beyond twice PyTorch's, and runs that differ."""
     exact = results(case, [leaf.detach().double().requires_grad_() for leaf in case.leaves], "reference")
-    usual = [distance(a, b) for a, b in zip(results(case, case.leaves, "reference"), exact, strict=True)]
+    usual = [distance(a, b) for a, b in zip(results(case, case.leaves, case.usual), exact, strict=True)]
     with guarded_outputs():
         first = results(case, case.leaves, "triton")
     found = []
