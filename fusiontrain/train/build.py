@@ -71,6 +71,8 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     if config.data.validation_sources:
         validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size, loader.workers if isinstance(loader, Loader) else None)
     model = build_model(config, ranks.device)
+    if ranks.is_main:
+        logger.info("%s", model.kernels.origin)
     embeddings = embedding_names(model)
     parameters = parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device)
     optimizer = build_optimizer(parameters, embeddings, config.optimizer)
