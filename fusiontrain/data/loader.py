@@ -139,6 +139,8 @@ class Loader:
             self._runs.remove(run)
             run.close()
             self.workers.forget(run.ring)
+            if not self._runs:
+                self.builder.close()  # the files of threads that are gone
 
     def _build_in_thread(self, sequences: MicroBatch, ring: Ring) -> tuple[Built, np.ndarray]:
         _, memory = ring.lease()

@@ -95,10 +95,14 @@ class WorkerProcess:
         environment = {**MALLOC, **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         with theirs:
             # -P: nothing in the current folder may pass for a module. A group of its own: Ctrl-C is for the trainer.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fusiontrain.data.execute.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment, process_group=0,
-            )  # fmt: skip
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "fusiontrain.data.execute.worker", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment, process_group=0,
+                )  # fmt: skip
+            except OSError as error:
+                ours.close()
+                raise UserError(f"data worker {self.number} cannot be started ({error.strerror}); lower data.num_workers") from error
         self._connection = Connection(ours.detach())
 
     def _ask(self, message: Any, descriptor: int | None = None) -> Any:
@@ -162,7 +166,9 @@ class Workers:
 
 
 def _ending(code: int | None) -> str:
-    if code is None or code >= 0:
+    if code is None:
+        return "closed its socket and does not end"
+    if code >= 0:
         return f"ended by itself (exit code {code}); its own words are on stderr, if it had any"
     name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
     if name == "SIGKILL":
