@@ -30,6 +30,7 @@ setup(
         "pyyaml",
         "rich",
         "safetensors",
+        "simplejpeg",
         "tensorboard",
         "tokenizers",
         "torch>=2.11",

@@ -22,7 +22,9 @@ def add_parser(subparsers: Any) -> None:
     verify = actions.add_parser("verify", help="read every member and compare its CRC32, decode every image; exit 2 on damage")
     inspect = actions.add_parser("inspect", help="show one sample as text")
     for parser in (index, verify, inspect):
-        parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar, a folder of tars, a glob, or a brace range")
+        parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar or .jsonl, a folder of them, a glob, or a brace range")
+        parser.add_argument("--format", choices=["auto", "interleaved", "captions"], default="auto", help="as data.sources.N.format (default: auto)")
+        parser.add_argument("--text-key", metavar="FIELD", help="field of the json that holds the text, as data.sources.N.text_key")
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
         parser.add_argument("--out", metavar="DIR", help="keep the index there, for shards in a read-only place; a training needs data.index_dir=DIR then")
@@ -60,6 +62,13 @@ def _make_world(args: argparse.Namespace) -> dict[str, Any]:
     return {"world": args.directory, "seed": args.seed, **{f"{split} documents": count for split, count in info["documents"].items()}}
 
 
+def _kind(args: argparse.Namespace) -> str:
+    from fusiontrain.config.schema import SourceConfig
+    from fusiontrain.data.formats.read import source_kind
+
+    return source_kind(SourceConfig(path=args.shards[0], format=args.format, text_key=args.text_key))
+
+
 def _indexed(args: argparse.Namespace) -> Any:
     """The shards with their indexes and, with --tokenizer, their tokens; what is missing is built, with a bar on a terminal."""
     from rich.console import Console
@@ -71,7 +80,7 @@ def _indexed(args: argparse.Namespace) -> Any:
     from fusiontrain.data.tokenizer import tokenizer_at
 
     shards = list(dict.fromkeys(shard for path in args.shards for shard in expand_shards(path)))
-    how = Reading("auto", False, None if args.out is None else Path(args.out))
+    how = Reading(_kind(args), False, None if args.out is None else Path(args.out))
     source = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
     console = Console(stderr=True)
     columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -133,7 +142,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     descriptor = os.open(shard, os.O_RDONLY)
     try:
         members = index.members(number)
-        sample = read_sample("auto", members, member_reader(members, descriptor), False)
+        sample = read_sample(_kind(args), members, member_reader(members, descriptor), False)
     except BadSample as error:
         raise UserError(f"{shard}: sample {index.numbers[number]} ({index.key(number)}): {error}") from error
     finally:

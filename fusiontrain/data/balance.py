@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
 SCALE = 1 << 40
 NEAR = SCALE + SCALE // 200
 """A step takes as long as its worst rank: half a percent above the mean is not worth more search."""

@@ -21,6 +21,7 @@ import numpy as np
 from fusiontrain.config.schema import Config, DataConfig, SourceConfig, TokenizerConfig
 from fusiontrain.data.array_file import ArrayFile, read_about, write_arrays
 from fusiontrain.data.exclude import excluded_keys, kept_rows
+from fusiontrain.data.formats.read import source_kind
 from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
 from fusiontrain.data.index_files import Folders, Known, ShardFiles, by_folder, look_up
@@ -85,7 +86,7 @@ def prepare_sources(config: Config, progress: Progress) -> None:
 
 def reading(source: SourceConfig, data: DataConfig) -> Reading:
     """How the shards of a source are read."""
-    return Reading(source.format, data.image.representation == "latents", None if data.index_dir is None else Path(data.index_dir))
+    return Reading(source_kind(source), data.image.representation == "latents", None if data.index_dir is None else Path(data.index_dir))
 
 
 def measure_shards(

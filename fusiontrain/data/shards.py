@@ -13,11 +13,12 @@ from pathlib import Path
 from fusiontrain.utils.errors import UserError
 
 BRACES = re.compile(r"\{([^{}]*)\}")
+SHARD_SUFFIXES = (".tar", ".jsonl")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand_shards(path: str) -> list[Path]:
-    """The tars that `path` means: a tar, a folder of tars, a glob, or a brace range such as `shard-{000..015}.tar`; sorted by bytes.
+    """The shards that `path` means: a tar or .jsonl, a folder of them, a glob, or a brace range such as `shard-{000..015}.tar`; sorted by bytes.
 
     Raises UserError when there is none, or when a name of a brace range is missing.
     """
@@ -25,7 +26,7 @@ def expand_shards(path: str) -> list[Path]:
     shards: list[Path] = []
     for name in names:
         if Path(name).is_dir():
-            shards += Path(name).glob("*.tar")
+            shards += [found for suffix in SHARD_SUFFIXES for found in Path(name).glob(f"*{suffix}")]
         elif Path(name).is_file():  # before the glob: a name may hold brackets of its own
             shards.append(Path(name))
         elif glob.has_magic(name):
@@ -33,7 +34,7 @@ def expand_shards(path: str) -> list[Path]:
         else:
             raise UserError(f"{name}: no such shard or folder of shards")
     if not shards:
-        raise UserError(f"{path}: no .tar file there")
+        raise UserError(f"{path}: no .tar file or .jsonl there")
     by_name = {os.fsencode(shard): shard for shard in shards}
     return [by_name[name] for name in sorted(by_name)]
 
