@@ -11,7 +11,7 @@ from fusiontrain.data.index import IndexedSource
 from fusiontrain.data.modalities.decoders import decode_path
 from fusiontrain.data.tokenizer import Tokenizer
 
-VERSION = 4
+VERSION = 5
 
 
 def plan_fields(config: Config, sources: Sequence[IndexedSource], tokenizer: Tokenizer) -> dict[str, str]:
