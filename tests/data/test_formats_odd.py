@@ -62,7 +62,7 @@ def shown_in_one_epoch(folder, samples, **settings):
         sequence = loader.plan._sequence(number)
         if sequence is None:
             break
-        for planned, document in zip(sequence.documents, loader._read(sequence).documents, strict=True):
+        for planned, document in zip(sequence.documents, loader.builder.read(sequence, []).documents, strict=True):
             assert document.num_tokens == planned.num_tokens <= config.data.sequence_length
             text = bytes(t for s in document.segments if s.token_ids is not None for t in s.token_ids.tolist() if t < BYTES)
             images = sum(segment.values is not None for segment in document.segments)
