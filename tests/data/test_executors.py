@@ -49,7 +49,8 @@ def make_loader(shards: str, executor: tuple[str, int] = ("threads", 0), pools=N
     kind, count = executor
     settings = {
         "data.sources": [{"path": shards}], "data.validation_sources": [{"path": shards}], "data.executor": kind, "data.num_workers": count,
-        "data.pack_window_documents": 24, "train.global_batch_sequences": BATCH, "train.micro_batch_sequences": 1, **overrides,
+        "data.pack_window_documents": 24, "train.global_batch_sequences": BATCH, "train.micro_batch_sequences": 1,
+        "data.prefetch_bytes": 500_000, **overrides,
     }  # fmt: skip
     config = tiny_config(settings)
     return Loader(config, load_tokenizer(config), split, rank, world_size, pools[count] if pools and kind == "processes" else None)
