@@ -61,7 +61,7 @@ def fitted(image: Image.Image, size: int = 32) -> np.ndarray:
 
 def decibels(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal to noise ratio."""
-    return 10 * np.log10(255**2 / np.square(a.astype(float) - b).mean())
+    return 10 * np.log10(255**2 / max(np.square(a.astype(float) - b).mean(), 1e-9))
 
 
 KINDS = {
