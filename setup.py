@@ -42,6 +42,7 @@ setup(
         "deepspeed": ["deepspeed"],
         "s3": ["fsspec", "boto3"],
         "vae": ["diffusers"],
+        "bench": ["megatron-energon"],
         "dev": ["diffusers", "hypothesis", "import-linter", "mypy", "pytest", "ruff", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML"],
     },
 )
