@@ -43,6 +43,7 @@ setup(
         "parquet": ["pyarrow"],
         "s3": ["fsspec", "boto3"],
         "vae": ["diffusers"],
+        "bench": ["megatron-energon"],
         "dev": ["diffusers", "hypothesis", "import-linter", "mypy", "pyarrow", "pytest", "ruff", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML"],
     },
 )
