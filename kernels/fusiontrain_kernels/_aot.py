@@ -24,8 +24,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OPERATORS = ("masked_routing_attention", "modality_gemm", "rms_norm", "qk_norm_rope", "swiglu", "linear_cross_entropy")
-
 
 class Target(NamedTuple):
     """architecture: what configs are chosen by. shared_limit: bytes of shared memory that one block may ask for. tensor_core: an instruction."""
@@ -148,10 +146,8 @@ def _read_amdgcn(assembly: str) -> tuple[int, int, int]:
 
 def shipped_cases(target: str) -> Iterable[Case]:
     """What each operator with a file `aot.py` ships for `target`."""
-    for operator in OPERATORS:
-        module = f"fusiontrain_kernels.{operator}.aot"
-        if find_spec(module) is not None:
-            yield from import_module(module).cases(TARGETS[target].architecture)
+    for path in sorted(Path(__file__).parent.glob("*/aot.py")):
+        yield from import_module(f"fusiontrain_kernels.{path.parent.name}.aot").cases(TARGETS[target].architecture)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
