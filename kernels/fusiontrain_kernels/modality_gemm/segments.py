@@ -27,7 +27,7 @@ def modality_gemm(x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: tupl
 
 class _Segments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bounds: tuple[int, ...], *tensors: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bounds: tuple[int, ...], *tensors: Any) -> torch.Tensor:
         weights, biases = tensors[: len(bounds) - 1], tensors[len(bounds) - 1 :]
         ctx.bounds = bounds
         ctx.save_for_backward(x, *weights)
@@ -41,7 +41,7 @@ class _Segments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         x_live, _, *live = ctx.needs_input_grad
         count = len(weights)

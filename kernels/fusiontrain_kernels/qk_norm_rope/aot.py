@@ -17,7 +17,8 @@ M = 2  # modalities
 def cases(architecture: int) -> Iterator[Case]:
     """The same for every architecture: bound by memory, no products."""
     del architecture
-    pointers: dict[str, Any] = {**dict.fromkeys(("x", "cos", "sin", "out", "grad", "x_grad"), "*bf16"), "weights": ("*bf16",) * M, "offsets": "*i32", "partials": "*fp32"}
+    pointers: dict[str, Any] = dict.fromkeys(("x", "cos", "sin", "out", "grad", "x_grad"), "*bf16")
+    pointers |= {"weights": ("*bf16",) * M, "offsets": "*i32", "partials": "*fp32"}
     for num_heads, dim, norm in ((32, 64, True), (32, 128, True), (8, 128, True), (32, 256, True), (32, 128, False)):
         heads, block, warps = triton_ops.tile(num_heads, dim)
         constants: dict[str, Any] = {"M": M, "NORM": norm, "EPS": 1e-5, "ACC": tl.float32, "HEADS": heads, "BLOCK": block}
