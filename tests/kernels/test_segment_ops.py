@@ -160,3 +160,11 @@ def test_swiglu_equals_its_formula_and_gradients() -> None:
 def test_unknown_impl_names_the_choices(call) -> None:
     with pytest.raises(ValueError, match=r"impl='fast': choose one of auto, reference"):
         call()
+
+
+def test_segments_compile_without_a_break() -> None:
+    x, weights = normal(7, 5).requires_grad_(), [weight.clone().requires_grad_() for weight in normal(2, 3, 5)]
+    compiled = torch.compile(lambda x, weights: modality_gemm(x, weights, (0, 3, 7), impl="segments"), fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f.square().sum(), [x, *weights]) for f in (compiled(x, weights), modality_gemm(x, weights, (0, 3, 7), impl="reference"))]
+    for actual, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, wanted)
