@@ -203,20 +203,19 @@ def test_a_compiled_block_takes_any_routing(tmp_path, kernels: dict[str, str], a
     """At a fixed number of rows Triton kernels need one compilation for all batches. Chunked attention runs between graphs, and what is around
     it is compiled once for the first borders of modalities and once for all others."""
     config = config_of("lmfusion", tmp_path, **kernels)
-    model, graphs = build_model(config), []
+    model, plain, graphs = build_model(config), build_model(config_of("lmfusion", tmp_path, impl="reference")), []
 
     def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
         graphs[-1].append(graph)
         return graph.forward
 
-    layouts = [[document(TEXT, ("image", 1, count), seed=count), document(TEXT[: 7 - count])] for count in range(2, 6)]
+    layouts = [[document(TEXT, ("image", 1, count), seed=count), document(TEXT[: 7 - count])] for count in range(2, 5)]
     batches = [batch_of(documents, config) for documents in layouts]
     with torch.no_grad():
-        expected = [model(batch)["text"].sum for batch in batches]
         torch.compiler.reset()
         model.blocks[0].compile(backend=backend)
-        for batch, loss in zip(batches, expected, strict=True):
+        for batch in batches:
             graphs.append([])
-            torch.testing.assert_close(model(batch)["text"].sum, loss)
+            torch.testing.assert_close(model(batch)["text"].sum, plain(batch)["text"].sum, rtol=1e-5, atol=0)
     assert all(graphs[:allowed])
     assert not any(graphs[allowed:])
