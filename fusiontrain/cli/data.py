@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ def add_parser(subparsers: Any) -> None:
     verify = actions.add_parser("verify", help="read every member and compare its CRC32, decode every image; exit 2 on damage")
     inspect = actions.add_parser("inspect", help="show one sample as text")
     for parser in (index, verify, inspect):
-        parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar, a folder of tars, a glob, or a brace range")
+        parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar, a folder of tars, a glob, a brace range, a URL of these, or pipe:COMMAND")
+        parser.add_argument("--index-dir", help="as data.storage.index_dir, for shards that are not local files")
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
     index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
@@ -59,16 +59,16 @@ def _make_world(args: argparse.Namespace) -> dict[str, Any]:
     return {"world": args.directory, "seed": args.seed, **{f"{split} documents": count for split, count in info["documents"].items()}}
 
 
-def _indexed(args: argparse.Namespace) -> list[tuple[Path, Any, int | None]]:
+def _indexed(args: argparse.Namespace) -> list[tuple[Any, Any, int | None]]:
     """(shard, index, text tokens or None) of every shard, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from fusiontrain.config.schema import TokenizerConfig
+    from fusiontrain.config.schema import StorageConfig, TokenizerConfig
     from fusiontrain.data.index_cache import build_all
     from fusiontrain.data.shards import expand_shards
 
-    shards = [shard for path in args.shards for shard in expand_shards(path)]
+    shards = [shard for path in args.shards for shard in expand_shards(path, StorageConfig(index_dir=args.index_dir))]
     tokenizer = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -112,6 +112,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     from fusiontrain.data.errors import BadSample
     from fusiontrain.data.formats.read import read_sample
     from fusiontrain.data.index import member_reader
+    from fusiontrain.data.storage.open import open_shard
 
     number = args.sample
     indexed = _indexed(args)
@@ -120,14 +121,14 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     if not indexed:
         raise UserError(f"--sample {args.sample}: the shards hold fewer usable samples")
     shard, index, _ = indexed[0]
-    descriptor = os.open(shard, os.O_RDONLY)
+    file = open_shard(shard)
     try:
         members = index.members(number)
-        sample = read_sample("auto", members, member_reader(members, descriptor), False)
+        sample = read_sample("auto", members, member_reader(members, file), False)
     except BadSample as error:
         raise UserError(f"{shard}: sample {index.numbers[number]} ({index.key(number)}): {error}") from error
     finally:
-        os.close(descriptor)
+        file.close()
     first = int(index.piece_start[number])
     pieces = {}
     for place, piece in enumerate(sample.pieces):

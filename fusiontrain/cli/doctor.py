@@ -26,7 +26,8 @@ OPTIONAL = {
     "triton": "GPU kernels; comes with a CUDA build of torch",
     "diffusers": "pixels to latents by a VAE; pip install 'fusiontrain[vae]'",
     "deepspeed": "the ZeRO engine; pip install 'fusiontrain[deepspeed]'",
-    "boto3": "shards on S3; pip install 'fusiontrain[s3]'",
+    "s3fs": "shards on S3; pip install 'fusiontrain[s3]'",
+    "gcsfs": "shards on Google Cloud Storage; pip install 'fusiontrain[gcs]'",
 }
 
 Status = Literal["ok", "warn", "fail"]

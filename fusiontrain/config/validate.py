@@ -200,8 +200,8 @@ def _missing_files(config: Config) -> Iterator[Problem]:
 
 def _found(source: SourceConfig) -> bool:
     path = source.path
-    if "://" in path:  # not on this disk
+    if "://" in path or path.startswith("pipe:"):  # not on this disk
         return True
     if Path(path).is_dir():
-        return any(Path(path).glob("*.tar"))
+        return any(Path(path).glob("*.tar")) or any(Path(path).glob("*.tar.gz")) or any(Path(path).glob("*.tgz"))
     return bool(glob.glob(re.sub(r"\{[^{}]*\}", "*", path)))  # a brace range as a wildcard: some of it is there

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import CHECKSUM, READ, BadSample
 from fusiontrain.data.formats.pieces import Fields
-from fusiontrain.data.tar import Member, read_bytes
+from fusiontrain.data.storage.files import ShardFile, Stretch
+from fusiontrain.data.storage.shard import Shard, shown_source
+from fusiontrain.data.tar import Member
 from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.types import SourceRef
 
@@ -83,7 +84,7 @@ class IndexedSource:
 
     config: SourceConfig
     number: int
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     indexes: tuple[ShardIndex, ...]
     tokens: tuple[TokenCache, ...]
     rows: tuple[np.ndarray, ...]
@@ -91,6 +92,11 @@ class IndexedSource:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def name(self) -> str:
+        """Its path in the config, fit to be shown."""
+        return shown_source(self.config.path)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, sample in the shard's index) of the source's sample of that number."""
@@ -100,25 +106,27 @@ class IndexedSource:
     def ref(self, sample: int) -> SourceRef:
         shard, row = self.locate(sample)
         index = self.indexes[shard]
-        return SourceRef(self.config.path, str(self.shards[shard]), int(index.numbers[row]), index.key(row))
+        return SourceRef(self.name, str(self.shards[shard]), int(index.numbers[row]), index.key(row))
 
     def bad(self) -> list[tuple[SourceRef, str]]:
         """The samples that indexing found unusable, with the reason."""
         return [
-            (SourceRef(self.config.path, str(shard), number, key), reason)
+            (SourceRef(self.name, str(shard), number, key), reason)
             for shard, index in zip(self.shards, self.indexes, strict=True)
             for number, key, reason in index.bad
         ]
 
 
-def member_reader(members: dict[str, Member], descriptor: int) -> Fields:
+def member_reader(members: dict[str, Member], file: ShardFile) -> Fields:
     """A function from suffix to the bytes of that member of an open shard. Bytes that cannot be read, or are not those that were indexed,
-    are a BadSample."""
+    are a BadSample. Of a shard behind a network all members are fetched at once."""
+    if file.far and members:
+        file = Stretch(file, ((member.offset, member.size) for member in members.values()))
 
     def read(suffix: str) -> bytes:
         member = members[suffix]
         try:
-            data = read_bytes(descriptor, member.offset, member.size)
+            data = file.read(member.offset, member.size)
         except OSError as error:
             raise BadSample(f"its .{suffix} cannot be read ({error})", READ) from error
         if member.crc is not None and zlib.crc32(data) != member.crc:

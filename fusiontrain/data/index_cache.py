@@ -1,4 +1,4 @@
-"""Indexes and token ids on disk: beside the shards in `.fusiontrain-index/`, or in the temporary folder where that cannot be written.
+"""Indexes and token ids on disk: in `.fusiontrain-index/` beside local shards, for others in a cache folder (`index_folder.py`).
 
 A file's name holds a hash of what it depends on (the shard's name, size and time, the format; for tokens the tokenizer too), so one that is
 there is right, and a shard that changes gets a new one. Files appear whole under their names: any number of processes may build at once.
@@ -6,7 +6,6 @@ there is right, and a shard that changes gets a new one. Files appear whole unde
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -24,6 +23,7 @@ from fusiontrain.data.index import IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
 from fusiontrain.data.index_folder import index_folders
 from fusiontrain.data.shards import expand_shards
+from fusiontrain.data.storage.shard import Shard, digest, identity
 from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.data.tokenizer import Tokenizer, tokenizer_at
 from fusiontrain.utils.errors import UserError
@@ -40,7 +40,7 @@ def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: 
     indexed = []
     latents = data.image.representation == "latents"
     for number, config in enumerate(sources):
-        shards = tuple(expand_shards(config.path))
+        shards = tuple(expand_shards(config.path, data.storage))
         indexes = tuple(index_shard(shard, config.format, latents) for shard in shards)
         tokens = tuple(tokens_of_shard(shard, index, config.format, latents, tokenizer) for shard, index in zip(shards, indexes, strict=True))
         rows = tuple(kept_rows(shard, index) for shard, index in zip(shards, indexes, strict=True))
@@ -49,12 +49,12 @@ def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: 
         if not len(source):
             bad = source.bad()
             why = f"; the first of {len(bad)} unusable samples is {bad[0][0]}: {bad[0][1]}" if bad else ""
-            raise UserError(f"{config.path}: {len(shards)} shards without a usable sample{why}")
+            raise UserError(f"{source.name}: {len(shards)} shards without a usable sample{why}")
         indexed.append(source)
     return indexed
 
 
-def index_shard(shard: Path, kind: str, latents: bool) -> ShardIndex:
+def index_shard(shard: Shard, kind: str, latents: bool) -> ShardIndex:
     """The index of one shard, read from the cache or built and kept there. Raises UserError when the tar is damaged."""
     name = _name(shard, INDEX, kind, latents)
     for folder in index_folders(shard):
@@ -70,7 +70,7 @@ def index_shard(shard: Path, kind: str, latents: bool) -> ShardIndex:
     return index
 
 
-def tokens_of_shard(shard: Path, index: ShardIndex, kind: str, latents: bool, tokenizer: Tokenizer) -> TokenCache:
+def tokens_of_shard(shard: Shard, index: ShardIndex, kind: str, latents: bool, tokenizer: Tokenizer) -> TokenCache:
     """The token ids of an indexed shard, from the cache or tokenised and kept there. Raises UserError where they cannot be kept."""
     name = _name(shard, TOKENS, kind, latents, tokenizer.fingerprint)
     for folder in index_folders(shard):
@@ -85,8 +85,8 @@ def tokens_of_shard(shard: Path, index: ShardIndex, kind: str, latents: bool, to
 
 
 def build_all(
-    shards: Sequence[Path], kind: str, latents: bool, tokenizer: tuple[str, TokenizerConfig] | None, workers: int
-) -> Iterator[tuple[Path, ShardIndex, int | None]]:
+    shards: Sequence[Shard], kind: str, latents: bool, tokenizer: tuple[str, TokenizerConfig] | None, workers: int
+) -> Iterator[tuple[Shard, ShardIndex, int | None]]:
     """(shard, index, text tokens) of every shard in order, built where they are not there yet, by that many processes.
 
     tokenizer: path and config, as `tokenizer_at` takes them; without it no text is tokenised. Raises UserError for the first damaged shard.
@@ -112,20 +112,19 @@ def _start_worker(tokenizer: tuple[str, TokenizerConfig] | None) -> None:
     _tokenizer = None if tokenizer is None else tokenizer_at(*tokenizer)
 
 
-def _build_one(shard: Path, kind: str, latents: bool) -> tuple[Path, ShardIndex, int | None]:
+def _build_one(shard: Shard, kind: str, latents: bool) -> tuple[Shard, ShardIndex, int | None]:
     index = index_shard(shard, kind, latents)
     if _tokenizer is None:
         return shard, index, None
     return shard, index, int(tokens_of_shard(shard, index, kind, latents, _tokenizer).start[-1])
 
 
-def _name(shard: Path, what: str, *depends_on: object) -> str:
-    stat = shard.stat()
-    identity = repr((VERSION, shard.name, stat.st_size, stat.st_mtime_ns, *depends_on))
-    return f"{shard.stem}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.{what}"
+def _name(shard: Shard, what: str, *depends_on: object) -> str:
+    known = repr((VERSION, *identity(shard), *depends_on))
+    return f"{shard.stem}.{digest(known)}.{what}"
 
 
-def _keep(shard: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Path | None:
+def _keep(shard: Shard, name: str, arrays: Mapping[str, np.ndarray]) -> Path | None:
     """The path of the file written; None where no folder takes it."""
     for folder in index_folders(shard):
         try:

@@ -154,7 +154,7 @@ class Loader:
         members = source.indexes[shard].members(row)
         try:
             sample = self._sample(source, shard, row, list(members))  # first: it may close the shard's file
-            read = member_reader(members, self._shards.descriptor(source.shards[shard]))
+            read = member_reader(members, self._shards.file(source.shards[shard]))
             document = build_document(sample, read, planned.places, planned.cut, self.config.data, self.tokenizer, ref)
         except BadSample as error:
             self.log.add(ref, error, step=step, offset=min(member.offset for member in members.values()))
@@ -166,7 +166,7 @@ class Loader:
         """The sample's pieces from the index and the token cache: neither its json nor its text is read again."""
         index, tokens = source.indexes[shard], source.tokens[shard]
         pieces = index.pieces(row)
-        ids = tokens.read(self._shards.descriptor(tokens.path), row).tolist()
+        ids = tokens.read(self._shards.file(tokens.path), row).tolist()
         found, first = [], 0
         for kind, count, member in zip(index.kinds[pieces].tolist(), tokens.counts[pieces].tolist(), index.image_members[pieces].tolist(), strict=True):
             if kind == IMAGE_PIECE:

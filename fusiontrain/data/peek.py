@@ -49,7 +49,7 @@ def _document(planned: PlannedDocument, plan: Plan, config: Config, tokenizer: T
     }  # fmt: skip
     try:
         members = source.indexes[shard].members(row)
-        read = member_reader(members, shards.descriptor(source.shards[shard]))
+        read = member_reader(members, shards.file(source.shards[shard]))
         sample = read_sample(source.config.format, members, read, config.data.image.representation == "latents")
         document = build_document(sample, read, planned.places, planned.cut, config.data, tokenizer, ref)
     except BadSample as error:
