@@ -34,7 +34,6 @@ def describe(url: str, timeout: float) -> tuple[int, str]:
 def listing(url: str, timeout: float) -> dict[str, tuple[int, str]]:
     """(size, tag) by URL of the objects that a glob matches or that lie in a folder. Raises TransientError or FinalError."""
     filesystem, _ = _filesystem(url)
-    filesystem.invalidate_cache()
     found = _call("glob", url, timeout, detail=True) if has_magic(url) else {entry["name"]: entry for entry in _call("ls", url, timeout, detail=True)}
     return {filesystem.unstrip_protocol(name): _size_and_tag(info) for name, info in found.items() if info["type"] == "file"}
 
@@ -51,7 +50,7 @@ def _size_and_tag(info: dict[str, Any]) -> tuple[int, str]:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, use_listings_cache=False)  # a listing from before would hide what has changed
     except ImportError as error:
         raise UserError(f"{without_secrets(url)}: needs a package ({error}); pip install 'fusiontrain[s3]' or 'fusiontrain[gcs]'") from error
     except ValueError as error:
