@@ -28,10 +28,10 @@ class Spool:
         shown: the shard, for errors. content: its bytes; called by one process at a time. Raises UserError where there is no room for it.
         """
         path = self.folder / f"{key}.tar"
-        descriptor = _opened(path)
-        if descriptor is not None:
-            return descriptor, False
         try:
+            descriptor = _opened(path)
+            if descriptor is not None:
+                return descriptor, False
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self._lock_of(path)):
                 descriptor = _opened(path)
