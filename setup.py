@@ -32,6 +32,7 @@ setup(
         "pyyaml",
         "rich",
         "safetensors",
+        "simplejpeg",
         "tenacity",
         "tensorboard",
         "tokenizers",

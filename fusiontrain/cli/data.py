@@ -21,8 +21,10 @@ def add_parser(subparsers: Any) -> None:
     verify = actions.add_parser("verify", help="read every member and compare its CRC32, decode every image; exit 2 on damage")
     inspect = actions.add_parser("inspect", help="show one sample as text")
     for parser in (index, verify, inspect):
-        parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar, a folder of tars, a glob, a brace range, a URL of these, or pipe:COMMAND")
+        parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar or .jsonl, a folder of them, a glob, a brace range, a URL, or pipe:COMMAND")
         parser.add_argument("--index-dir", help="as data.storage.index_dir, for shards that are not local files")
+        parser.add_argument("--format", choices=["auto", "interleaved", "captions"], default="auto", help="as data.sources.N.format (default: auto)")
+        parser.add_argument("--text-key", metavar="FIELD", help="field of the json that holds the text, as data.sources.N.text_key")
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
     index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
@@ -59,6 +61,13 @@ def _make_world(args: argparse.Namespace) -> dict[str, Any]:
     return {"world": args.directory, "seed": args.seed, **{f"{split} documents": count for split, count in info["documents"].items()}}
 
 
+def _kind(args: argparse.Namespace) -> str:
+    from fusiontrain.config.schema import SourceConfig
+    from fusiontrain.data.formats.read import source_kind
+
+    return source_kind(SourceConfig(path=args.shards[0], format=args.format, text_key=args.text_key))
+
+
 def _indexed(args: argparse.Namespace) -> list[tuple[Any, Any, int | None]]:
     """(shard, index, text tokens or None) of every shard, with a bar on a terminal."""
     from rich.console import Console
@@ -72,7 +81,7 @@ def _indexed(args: argparse.Namespace) -> list[tuple[Any, Any, int | None]]:
     tokenizer = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        return list(progress.track(build_all(shards, "auto", False, tokenizer, args.workers), len(shards), description="shards"))
+        return list(progress.track(build_all(shards, _kind(args), False, tokenizer, args.workers), len(shards), description="shards"))
 
 
 def _index(args: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     file = open_shard(shard)
     try:
         members = index.members(number)
-        sample = read_sample("auto", members, member_reader(members, file), False)
+        sample = read_sample(_kind(args), members, member_reader(members, file), False)
     except BadSample as error:
         raise UserError(f"{shard}: sample {index.numbers[number]} ({index.key(number)}): {error}") from error
     finally:

@@ -25,6 +25,7 @@ NEEDED = ("transformers", "webdataset", "tensorboard", "pydantic", "omegaconf", 
 OPTIONAL = {
     "triton": "GPU kernels; comes with a CUDA build of torch",
     "diffusers": "pixels to latents by a VAE; pip install 'fusiontrain[vae]'",
+    "simplejpeg": "JPEGs in less time; without it Pillow decodes them, with the same pixels or nearly so",
     "deepspeed": "the ZeRO engine; pip install 'fusiontrain[deepspeed]'",
     "s3fs": "shards on S3; pip install 'fusiontrain[s3]'",
     "gcsfs": "shards on Google Cloud Storage; pip install 'fusiontrain[gcs]'",

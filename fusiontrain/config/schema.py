@@ -53,7 +53,8 @@ class ModelConfig(Section):
 
 class SourceConfig(Section):
     path: str = Field(
-        ..., description="a .tar, .tar.gz or .tgz, a folder of them, a glob, a brace range such as shard-{000..015}.tar, a URL of these, or pipe:COMMAND"
+        ...,
+        description="a .tar, .tar.gz, .tgz or .jsonl, a folder of them, a glob, a brace range such as shard-{000..015}.tar, a URL of these, or pipe:COMMAND",
     )
     weight: float = Field(1.0, gt=0, description="share relative to the other sources, of documents or tokens as data.mix_by says")
     weight_schedule: tuple[tuple[int, float], ...] = Field(
@@ -61,6 +62,7 @@ class SourceConfig(Section):
     )
     max_epochs: int | None = Field(None, ge=1, description="the source leaves the mixture after so many; null for never")
     format: Literal["auto", "interleaved", "captions"] = "auto"
+    text_key: str | None = Field(None, min_length=1, description="field of the json that holds the text, a.b for nested ones; null looks for the usual names")
     image_first_probability: float = Field(0.2, ge=0, le=1, description="caption pairs only: share shown as image then caption (Transfusion 4.1: 0.2)")
 
 
@@ -73,7 +75,15 @@ class TokenizerConfig(Section):
 
 
 class ImageDataConfig(Section):
-    size: int = Field(256, ge=4, description="images are centre-cropped and resized to size x size pixels")
+    decoder: Literal["auto", "pillow", "simplejpeg"] = Field(
+        "auto", description="of JPEGs; auto: simplejpeg where it is installed, which must then be so on all machines of a run"
+    )
+    resize: Literal["square", "stretch", "native"] = Field(
+        "square", description="square: cropped to size x size pixels; stretch: all of it to that; native: its own shape in min_tokens to max_tokens patches"
+    )
+    size: int = Field(256, ge=4, description="side of a picture in pixels; with resize: native, of those that sampling paints")
+    min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
+    max_tokens: int = Field(1024, ge=1, description="resize: native: patches that a larger picture is scaled down to")
     patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
     representation: Literal["pixels", "latents"] = Field("pixels", description="latents: .latent.npy members [C, H, W]")
     channels: int = Field(3, ge=1, description="3 for pixels; the latent's channels otherwise")
@@ -157,8 +167,22 @@ class ParallelConfig(Section):
 
 
 class KernelsConfig(Section):
-    impl: Literal["auto", "reference", "chunked"] = Field(
-        "auto", description="attention: reference = dense mask, the specification; chunked = query chunks over their key ranges"
+    impl: Literal["auto", "reference", "triton"] = Field(
+        "auto",
+        description="for every operator that is null below. auto: the best one for the device, the log says which; reference: the specification, "
+        "slow; triton: a GPU. An implementation that is asked for by name and cannot run ends the run",
+    )
+    attention: Literal["auto", "reference", "chunked", "sdpa", "triton"] | None = Field(
+        None, description="chunked: query chunks over their key ranges; sdpa: torch's own with a dense mask"
+    )
+    gemm: Literal["auto", "reference", "segments", "grouped_mm", "triton"] | None = Field(
+        None, description="segments: one GEMM per modality; grouped_mm: torch's own; triton: one launch, with SwiGLU in it where swiglu is triton too"
+    )
+    norm: Literal["auto", "reference", "triton"] | None = Field(None, description="triton: the residual is added in the same pass")
+    rope: Literal["auto", "reference", "triton"] | None = None
+    swiglu: Literal["auto", "reference", "triton"] | None = None
+    cross_entropy: Literal["auto", "reference", "chunked", "triton"] | None = Field(
+        None, description="chunked and triton never hold the logits of all rows; reference does"
     )
 
 

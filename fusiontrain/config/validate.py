@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _images, _data_order, _batch, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _images, _formats, _data_order, _batch, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -53,8 +53,10 @@ def uses_images(config: Config) -> bool:
 
 
 def image_tokens(config: Config) -> int | None:
-    """Patches of one picture, or None where they depend on the files (latents made ahead of time)."""
+    """Patches of one picture, the most that it may have, or None where they depend on the files (latents made ahead of time)."""
     image = config.data.image
+    if image.representation == "pixels" and image.resize == "native":
+        return image.max_tokens
     return (image.size // image.patch_size) ** 2 if image.representation == "pixels" else None
 
 
@@ -100,6 +102,14 @@ def _images(config: Config) -> Iterator[Problem]:
         yield Problem("data.image.size", f"{image.size} is no multiple of data.image.patch_size={image.patch_size}")
     if image.representation == "pixels" and image.channels != PIXEL_CHANNELS:
         yield Problem("data.image.channels", f"is {image.channels}, but pixels have {PIXEL_CHANNELS}; use latents or set it to {PIXEL_CHANNELS}")
+    if image.resize == "native" and image.min_tokens > image.max_tokens:
+        yield Problem("data.image.min_tokens", f"{image.min_tokens} is more than data.image.max_tokens={image.max_tokens}")
+    painted = (image.size // image.patch_size) ** 2
+    if image.representation == "pixels" and image.resize == "native" and painted > image.max_tokens:
+        yield Problem(
+            "data.image.size", f"{image.size}: a square of that side, which sampling paints, has {painted} patches, more than "
+            f"data.image.max_tokens={image.max_tokens}; lower the size"
+        )  # fmt: skip
     tokens = image_tokens(config)
     if tokens is not None and length < tokens + MARKER_TOKENS:
         yield Problem(
@@ -111,6 +121,13 @@ def _images(config: Config) -> Iterator[Problem]:
         yield Problem("model.image.unet_channels", f"{patcher.unet_channels} is no multiple of 8, the number of its normalisation groups")
     if config.objective.text_weight == 0 and config.objective.image_weight == 0:
         yield Problem("objective", "text_weight and image_weight are both 0, so there is nothing to learn")
+
+
+def _formats(config: Config) -> Iterator[Problem]:
+    for name in ("sources", "validation_sources"):
+        for index, source in enumerate(getattr(config.data, name)):
+            if source.text_key is not None and source.format == "interleaved":
+                yield Problem(f"data.{name}.{index}.text_key", f"is {source.text_key!r}, but an interleaved document's texts are in 'texts'; set it to null")
 
 
 def _data_order(config: Config) -> Iterator[Problem]:
@@ -195,7 +212,7 @@ def _missing_files(config: Config) -> Iterator[Problem]:
     for name, sources in lists:
         for index, source in enumerate(sources):
             if not _found(source):
-                yield Problem(f"{name}.{index}.path", f"{source.path} matches no tar file")
+                yield Problem(f"{name}.{index}.path", f"{source.path} matches no tar file or .jsonl")
 
 
 def _found(source: SourceConfig) -> bool:
@@ -203,5 +220,5 @@ def _found(source: SourceConfig) -> bool:
     if "://" in path or path.startswith("pipe:"):  # not on this disk
         return True
     if Path(path).is_dir():
-        return any(Path(path).glob("*.tar")) or any(Path(path).glob("*.tar.gz")) or any(Path(path).glob("*.tgz"))
+        return any(any(Path(path).glob(pattern)) for pattern in ("*.tar", "*.jsonl", "*.tar.gz", "*.tgz", "*.jsonl.gz"))
     return bool(glob.glob(re.sub(r"\{[^{}]*\}", "*", path)))  # a brace range as a wildcard: some of it is there

@@ -23,15 +23,16 @@ from fusiontrain.types import Document, Segment, SourceRef
 from fusiontrain.utils.keyed import keyed_uniform
 
 MARKERS_PER_IMAGE = 2  # BOI and EOI
-_ORDER_DRAW, _DROPOUT_DRAW = 1, 2
+_ORDER_DRAW, _DROPOUT_DRAW, _CAPTION_DRAW = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of one visit to one document, keyed by (seed, epoch, source, sample)."""
+    """The random choices of one visit to one document, keyed by (seed, epoch, source, sample). caption: in [0, 1), which of several is shown."""
 
     image_first: bool
     drop_condition: bool
+    caption: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def draw(data: DataConfig, source: SourceConfig, key: tuple[int, ...], is_pair: 
     return Draws(
         image_first=is_pair and keyed_uniform(*key, _ORDER_DRAW) < source.image_first_probability,
         drop_condition=dropout > 0 and keyed_uniform(*key, _DROPOUT_DRAW) < dropout,
+        caption=keyed_uniform(*key, _CAPTION_DRAW) if is_pair else 0.0,
     )
 
 
@@ -69,8 +71,8 @@ def arrange(kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: D
     only if it is longer than a sequence. An image that is longer than a sequence ends the sample, so the last document may be cut.
     """
     order = list(range(len(kinds)))
-    if is_pair and draws.image_first:
-        order.reverse()
+    if is_pair:
+        order = _pair_order(kinds, draws)
     images = [piece for piece in order if kinds[piece] == IMAGE_PIECE]
     if draws.drop_condition and len(images) == 1 and order[-1] == images[0]:
         order = images
@@ -83,6 +85,14 @@ def arrange(kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: D
         if not goes_on:
             return arranger.finish(cut=True)
     return arranger.finish(cut=False)
+
+
+def _pair_order(kinds: Sequence[int], draws: Draws) -> list[int]:
+    """One of the captions, and the image before or after it."""
+    captions = [piece for piece, kind in enumerate(kinds) if kind == TEXT_PIECE]
+    images = [piece for piece, kind in enumerate(kinds) if kind == IMAGE_PIECE]
+    chosen = captions[int(draws.caption * len(captions))]
+    return [*images, chosen] if draws.image_first else [chosen, *images]
 
 
 class _Arranger:

@@ -10,13 +10,15 @@ from contextlib import closing
 import numpy as np
 
 from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.pieces import split_page
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex, member_reader
+from fusiontrain.data.jsonl import samples_of
 from fusiontrain.data.modalities.image import image_size
 from fusiontrain.data.storage.files import ReadAhead, ShardFile
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.storage.shard import Shard
-from fusiontrain.data.tar import TarSample, samples_in
+from fusiontrain.data.tar import TarSample
 from fusiontrain.data.token_cache import ids_dtype
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.utils.errors import UserError
@@ -31,11 +33,12 @@ def build_index(shard: Shard, kind: str, latents: bool) -> ShardIndex:
     """Walk a shard and measure every sample. Raises UserError when the tar itself is damaged; a bad sample only becomes an entry."""
     builder = _Builder(kind, latents)
     with closing(ReadAhead(open_shard(shard))) as file:
-        for number, sample in enumerate(samples_in(file, shard)):
+        for number, sample in enumerate(samples_of(file, shard)):
             try:
                 builder.add(number, sample, file)
             except BadSample as error:
-                builder.bad.append((number, sample.key, str(error)))
+                offset = min(member.offset for member in sample.members.values())
+                builder.bad.append((number, sample.key, f"{error} (at offset {offset})"))
     if builder.bad:
         logger.warning("%s: %d unusable samples, the first is %s: %s", shard, len(builder.bad), *builder.bad[0][1:])
     return builder.finish()
@@ -84,19 +87,23 @@ class _Builder:
         except OSError as error:
             raise BadSample(f"cannot be read ({error})") from error
         parsed = read_sample(self.kind, sample.members, data.__getitem__, self.latents)
-        places = {suffix: place for place, suffix in enumerate(sample.members)}
+        members, crcs = dict(sample.members), {suffix: zlib.crc32(content) for suffix, content in data.items()}
+        for piece in parsed.pieces:
+            if piece.image is not None and piece.image not in members:  # a page of a member is indexed as a member with the same bytes
+                members[piece.image] = members[split_page(piece.image)[0]]
+        places = {suffix: place for place, suffix in enumerate(members)}
         pieces = []
         for piece in parsed.pieces:
             if piece.text is not None:
                 pieces.append((TEXT_PIECE, len(piece.text.encode()), 0, 0, NO_MEMBER))
             elif piece.image is not None:
-                pieces.append((IMAGE_PIECE, 0, *image_size(piece.image, data[piece.image]), places[piece.image]))
+                pieces.append((IMAGE_PIECE, 0, *image_size(piece.image, data[split_page(piece.image)[0]]), places[piece.image]))
         self.pieces += pieces
-        for suffix, member in sample.members.items():
-            self.members.append((self.suffixes.setdefault(suffix, len(self.suffixes)), member.offset, member.size, zlib.crc32(data[suffix])))
+        for suffix, member in members.items():
+            self.members.append((self.suffixes.setdefault(suffix, len(self.suffixes)), member.offset, member.size, crcs[split_page(suffix)[0]]))
         if len(self.suffixes) > MOST_SUFFIXES:
             raise UserError(f"sample {sample.key!r}: more than {MOST_SUFFIXES} different suffixes in its shard; name the members of every sample alike")
-        self.samples.append((number, sample.key.encode(), parsed.is_pair, len(pieces), len(sample.members)))
+        self.samples.append((number, sample.key.encode(), parsed.is_pair, len(pieces), len(members)))
 
     def finish(self) -> ShardIndex:
         numbers, keys, is_pair, num_pieces, num_members = _columns(self.samples, 5)

@@ -19,6 +19,7 @@ import numpy as np
 from fusiontrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from fusiontrain.data.array_file import read_arrays, read_entries, write_arrays
 from fusiontrain.data.exclude import kept_rows
+from fusiontrain.data.formats.read import source_kind
 from fusiontrain.data.index import IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
 from fusiontrain.data.index_folder import index_folders
@@ -30,7 +31,7 @@ from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 INDEX, TOKENS = "index", "tokens"
 TABLES = "tables"  # what of an index is not an array: its suffixes and bad samples, as JSON
 
@@ -40,9 +41,9 @@ def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: 
     indexed = []
     latents = data.image.representation == "latents"
     for number, config in enumerate(sources):
-        shards = tuple(expand_shards(config.path, data.storage))
-        indexes = tuple(index_shard(shard, config.format, latents) for shard in shards)
-        tokens = tuple(tokens_of_shard(shard, index, config.format, latents, tokenizer) for shard, index in zip(shards, indexes, strict=True))
+        shards, kind = tuple(expand_shards(config.path, data.storage)), source_kind(config)
+        indexes = tuple(index_shard(shard, kind, latents) for shard in shards)
+        tokens = tuple(tokens_of_shard(shard, index, kind, latents, tokenizer) for shard, index in zip(shards, indexes, strict=True))
         rows = tuple(kept_rows(shard, index) for shard, index in zip(shards, indexes, strict=True))
         starts = np.concatenate([[0], np.cumsum([len(kept) for kept in rows])])
         source = IndexedSource(config, number, shards, indexes, tokens, rows, starts)

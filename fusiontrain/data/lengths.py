@@ -11,7 +11,7 @@ from fusiontrain.data.documents import MARKERS_PER_IMAGE
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.mixture import MixedSource
-from fusiontrain.data.modalities.image import grid_of
+from fusiontrain.data.modalities.policy import grid_of
 from fusiontrain.modality import IMAGE
 
 
@@ -40,7 +40,8 @@ def one_pass(size: int) -> MixedSource:
 
 
 def num_tokens(index: ShardIndex, text_tokens: np.ndarray, rows: np.ndarray, data: DataConfig) -> int:
-    """Tokens of the documents `rows` of a shard with their markers (BOS and EOS each count one), before any dropout or cut.
+    """Tokens of the documents `rows` of a shard with their markers (BOS and EOS each count one), before any dropout or cut; of several captions
+    the mean.
 
     text_tokens [p]: of the pieces that are texts. An image without a grid has none.
     """
@@ -48,8 +49,7 @@ def num_tokens(index: ShardIndex, text_tokens: np.ndarray, rows: np.ndarray, dat
     kept[rows] = True
     kept_piece = np.repeat(kept, np.diff(index.piece_start))
     is_image = (index.kinds == IMAGE_PIECE) & kept_piece
-    is_text = (index.kinds != IMAGE_PIECE) & kept_piece
-    total = int(text_tokens[is_text].sum(dtype=np.int64)) + MARKERS_PER_IMAGE * int(is_image.sum()) + 2 * len(rows)
+    total = int(_text_tokens(index, text_tokens)[rows].sum()) + MARKERS_PER_IMAGE * int(is_image.sum()) + 2 * len(rows)
     if IMAGE.name not in data.modalities:
         return total
     sizes, counts = np.unique(np.stack([index.heights[is_image], index.widths[is_image]]), axis=1, return_counts=True)
@@ -59,3 +59,11 @@ def num_tokens(index: ShardIndex, text_tokens: np.ndarray, rows: np.ndarray, dat
         except BadSample:
             continue  # such documents are left out and counted as unfit
     return total
+
+
+def _text_tokens(index: ShardIndex, text_tokens: np.ndarray) -> np.ndarray:
+    """Text tokens of every sample, [n] int64; of the mean caption, rounded down, where a visit shows one of several."""
+    sums, texts = (
+        np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[index.piece_start]) for values in (text_tokens, index.kinds != IMAGE_PIECE)
+    )
+    return np.where(index.is_pair, sums // np.maximum(texts, 1), sums)

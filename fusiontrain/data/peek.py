@@ -12,7 +12,7 @@ from PIL import Image
 from fusiontrain.config.schema import Config, DataConfig
 from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.read import read_sample
+from fusiontrain.data.formats.read import read_sample, source_kind
 from fusiontrain.data.index import member_reader
 from fusiontrain.data.plan import Plan, PlannedDocument, PlannedSequence
 from fusiontrain.data.shards import OpenShards
@@ -50,7 +50,7 @@ def _document(planned: PlannedDocument, plan: Plan, config: Config, tokenizer: T
     try:
         members = source.indexes[shard].members(row)
         read = member_reader(members, shards.file(source.shards[shard]))
-        sample = read_sample(source.config.format, members, read, config.data.image.representation == "latents")
+        sample = read_sample(source_kind(source.config), members, read, config.data.image.representation == "latents")
         document = build_document(sample, read, planned.places, planned.cut, config.data, tokenizer, ref)
     except BadSample as error:
         return about | {"bad": str(error), "files": []}

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.index import IndexedSource
+from fusiontrain.data.modalities.decoders import decode_path
 from fusiontrain.data.tokenizer import Tokenizer
 
-VERSION = 3
+VERSION = 4
 
 
 def plan_fields(config: Config, sources: Sequence[IndexedSource], tokenizer: Tokenizer) -> dict[str, str]:
@@ -22,7 +23,8 @@ def plan_fields(config: Config, sources: Sequence[IndexedSource], tokenizer: Tok
         "train.global_batch_sequences": str(config.train.global_batch_sequences),
         "data.sequence_length": str(data.sequence_length),
         "data.modalities": ",".join(data.modalities),
-        "data.image": data.image.model_dump_json(),
+        **{f"data.image.{name}": repr(value) for name, value in data.image.model_dump(exclude={"decoder"}).items()},
+        "data.image.decoder": decode_path(data.image),
         "data.condition_dropout": repr(data.condition_dropout),
         "data.oversize": data.oversize,
         "data.mix_by": data.mix_by,

@@ -23,13 +23,14 @@ from fusiontrain.utils.errors import UserError
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"\{(\d+\.\.\d+)\}")  # all that a shell command's braces may mean to us
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
-SUFFIXES = (".tar", *GZIP_SUFFIXES)
+SUFFIXES = (".tar", ".jsonl", *GZIP_SUFFIXES)
 REQUESTS_AT_ONCE = 16
 
 
 def expand_shards(path: str, settings: StorageConfig | None = None) -> list[Shard]:
-    """The shards that `path` means: a tar, a folder of tars, a glob, or a brace range such as `shard-{000..015}.tar`; sorted by bytes. Any of
-    these may be a URL, but HTTP knows no folders. `pipe:COMMAND` is a command, or several by ranges of numbers, in the order written.
+    """The shards that `path` means: a tar or .jsonl, a folder of them, a glob, or a brace range such as `shard-{000..015}.tar`; sorted by bytes.
+    Any of these may be compressed, or a URL, but HTTP knows no folders. `pipe:COMMAND` is a command, or several by ranges of numbers, in the order
+    written.
 
     Raises UserError when there is none, or when a name of a brace range is missing.
     """
@@ -39,7 +40,7 @@ def expand_shards(path: str, settings: StorageConfig | None = None) -> list[Shar
     names = [name.removeprefix("file://") for name in _expand_braces(path, BRACES)]
     found: Sequence[Path | RemoteShard] = _remote(names, settings) if is_remote(names[0]) else _local(names)
     if not found:
-        raise UserError(f"{without_secrets(path)}: no .tar file there, nor {' or '.join(GZIP_SUFFIXES)}")
+        raise UserError(f"{without_secrets(path)}: no .tar file or .jsonl there, compressed or not")
     shards = sorted(set(found), key=lambda shard: os.fsencode(str(shard)))
     return [GzipShard(shard, settings) if str(shard).endswith(GZIP_SUFFIXES) else shard for shard in shards]
 

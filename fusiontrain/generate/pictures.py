@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fusiontrain.config.schema import ImageDataConfig
-from fusiontrain.data.modalities.image import to_rgb
+from fusiontrain.data.modalities.decoders import to_rgb
+from fusiontrain.data.modalities.policy import resized
 from fusiontrain.generate.guidance import Grid
 from fusiontrain.models.fusion import FusionModel
 from fusiontrain.models.modalities.patches import patchify
@@ -48,7 +49,7 @@ def to_pictures(model: FusionModel, values: torch.Tensor, grid: Grid) -> list[np
 
 def from_pictures(model: FusionModel, pictures: Sequence[np.ndarray], image: ImageDataConfig) -> torch.Tensor:
     """B pictures [H, W, 3] uint8 of any size -> clean patches [B, N, C] float32 on the model's device: cropped and resized as for training."""
-    resized = np.stack([_fit(picture, image.size) for picture in pictures])
+    resized = np.stack([_fit(picture, image) for picture in pictures])
     device = model.text.embedding.weight.device
     pixels = torch.from_numpy(resized).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     patches = patchify(pixels, image.patch_size)
@@ -59,11 +60,9 @@ def from_pictures(model: FusionModel, pictures: Sequence[np.ndarray], image: Ima
     return latents.unflatten(0, (batch, num_patches))
 
 
-def _fit(picture: np.ndarray, size: int) -> np.ndarray:
-    """Centre-cropped to a square and resized as the data path does it: [size, size, 3] uint8."""
-    if picture.shape[:2] == (size, size):
-        return picture
-    return np.asarray(ImageOps.fit(Image.fromarray(picture), (size, size), Image.Resampling.BICUBIC))
+def _fit(picture: np.ndarray, image: ImageDataConfig) -> np.ndarray:
+    """A square as the data path makes one, cropped also where training keeps a picture's own shape: [size, size, 3] uint8."""
+    return np.asarray(resized(Image.fromarray(picture), image.size, image.size, crop=image.resize != "stretch"))
 
 
 def load_picture(path: str) -> np.ndarray:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+
+import torch
 
 from fusiontrain.config.schema import Config, ModelConfig
 from fusiontrain.models.fusion import FusionModel, Patcher
 from fusiontrain.models.init import init_weights
+from fusiontrain.models.kernels import choose_kernels, describe
 from fusiontrain.models.llama_weights import load_llama, read_llama_shape
 from fusiontrain.models.modalities.image import LinearPatcher
 from fusiontrain.models.modalities.unet import UNetPatcher
@@ -20,15 +24,21 @@ from fusiontrain.objectives.ddpm import Ddpm
 from fusiontrain.objectives.flow_matching import FlowMatching
 from fusiontrain.objectives.next_token import NextToken
 
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {"dense": dense, "transfusion": transfusion, "lmfusion": lmfusion}
 
 
-def build_model(config: Config) -> FusionModel:
+def build_model(config: Config, device: torch.device = CPU) -> FusionModel:
     """The model of `config` on the CPU in float32: random weights keyed by `seed`, then the base's weights where there is a base.
 
-    Frozen parameters have `requires_grad` off. Raises UserError for a base that is not a Llama folder.
+    device: where it is going to run; kernels are chosen for that. Frozen parameters have `requires_grad` off. Raises UserError for a base
+    that is not a Llama folder and for kernels that cannot run there.
     """
     shape = read_llama_shape(config.model.base) if config.model.base else shape_from_config(config.model)
+    kernels, reasons = choose_kernels(config.kernels, shape, device, getattr(torch, config.parallel.precision))
+    logger.info("kernels on %s: %s", device.type, describe(kernels, reasons))
     recipe = RECIPES[config.model.recipe](config.model)
     image: Patcher | None = None
     image_objective, codec, channels = None, None, 0
@@ -41,13 +51,13 @@ def build_model(config: Config) -> FusionModel:
     model = FusionModel(
         shape,
         recipe,
-        text_objective=NextToken(),
+        kernels,
+        text_objective=NextToken(kernels.cross_entropy),
         image=image,
         image_objective=image_objective,
         image_channels=channels,
         image_input_scale=config.model.image.input_scale,
         codec=codec,
-        attention_impl=config.kernels.impl,
     )
     init_weights(model, config.seed, shape.num_layers)
     if config.model.base:

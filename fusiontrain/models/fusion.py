@@ -12,8 +12,10 @@ from torch import nn
 
 from fusiontrain.modality import IMAGE, MODALITY_NAMES, TEXT
 from fusiontrain.models.cache import KVCache
-from fusiontrain.models.layers.attention import Attend, Layout
+from fusiontrain.models.kernels import Kernels
+from fusiontrain.models.layers.attention import Attend
 from fusiontrain.models.layers.block import Block
+from fusiontrain.models.layers.layout import Layout, group_rows
 from fusiontrain.models.layers.rope import RotaryEmbedding
 from fusiontrain.models.layers.untied import UntiedRMSNorm
 from fusiontrain.models.modalities.image import LinearPatcher
@@ -49,6 +51,7 @@ class FusionModel(nn.Module):
         self,
         shape: ModelShape,
         recipe: Recipe,
+        kernels: Kernels,
         *,
         text_objective: nn.Module,
         image: Patcher | None = None,
@@ -56,11 +59,10 @@ class FusionModel(nn.Module):
         image_channels: int = 0,
         image_input_scale: float = 1.0,
         codec: LatentCodec | None = None,
-        attention_impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.shape, self.recipe = shape, recipe
-        self.attention_impl, self.image_channels, self.codec = attention_impl, image_channels, codec
+        self.shape, self.recipe, self.kernels = shape, recipe, kernels
+        self.image_channels, self.codec = image_channels, codec
         self.image_input_scale = image_input_scale
         self.text = TextModality(shape.vocab_size, shape.dim, shape.tie_embeddings)
         self.image = image
@@ -76,9 +78,8 @@ class FusionModel(nn.Module):
         """The loss of each objective over this micro-batch, summed and not yet divided."""
         hidden, images = self._hidden(batch)
         text = _rows(batch, TEXT.id)
-        terms = {
-            TEXT.name: self.text_objective(hidden[text], self.text.head_weight, batch.labels[text], batch.loss_weights[text])
-        }
+        labels, num_labels = batch.labels[text], batch.target_counts[TEXT.name]
+        terms = {TEXT.name: self.text_objective(hidden[text], self.text.head_weight, labels, batch.loss_weights[text], num_labels)}
         if self.image is not None and images is not None:
             prediction = self.image.decode(hidden[_rows(batch, IMAGE.id)], images.patcher_state)
             terms[IMAGE.name] = self.image_objective.loss(prediction, images.payload, images.noise, images.levels)
@@ -96,10 +97,15 @@ class FusionModel(nn.Module):
             image_rows, images = self._embed_images(batch.payloads[IMAGE.name])
             x = torch.cat([x, image_rows.to(x.dtype)])
         attend = partial(
-            masked_routing_attention, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.attention_impl
+            masked_routing_attention, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention
         )
-        layout = Layout(batch.modality_bounds, *self.rotary(batch.position_ids, x.dtype))
+        layout = self._layout(batch.modality_bounds, batch.modality_offsets, batch.position_ids, x.dtype)
         return self._run_blocks(x, layout, [attend] * len(self.blocks)), images
+
+    def _layout(self, bounds: tuple[int, ...], offsets: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype) -> Layout:
+        groupings = (self.recipe.attention, self.recipe.feed_forward, self.recipe.final_norm)
+        cos, sin = self.rotary(position_ids, dtype)
+        return Layout(group_rows(groupings, bounds, offsets), cos, sin, self.kernels)
 
     def _embed_images(self, payload: Payload) -> tuple[torch.Tensor, _NoisedImages]:
         if self.codec is not None:
@@ -120,7 +126,7 @@ class FusionModel(nn.Module):
     def _run_blocks(self, x: torch.Tensor, layout: Layout, attends: Sequence[Attend]) -> torch.Tensor:
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, layout, attend)
-        return self.final_norm(x, layout.modality_bounds)
+        return self.final_norm(x, layout)
 
     # ---------------------------------------------------------------- generation
 
@@ -160,7 +166,8 @@ class FusionModel(nn.Module):
         if needed > cache.max_length:
             raise ValueError(f"the cache holds {cache.max_length} tokens per row, {needed} are needed")
         bounds = tuple(0 if i <= modality else len(x) for i in range(len(MODALITY_NAMES) + 1))
-        layout = Layout(bounds, *self.rotary(cache.positions(num_new).flatten(), x.dtype))
+        offsets = torch.tensor(bounds, dtype=torch.int32, device=x.device)
+        layout = self._layout(bounds, offsets, cache.positions(num_new).flatten(), x.dtype)
         attends = [partial(cache.attend, layer, lengths, causal) for layer in range(len(self.blocks))]
         return self._run_blocks(x, layout, attends)
 

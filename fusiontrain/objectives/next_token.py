@@ -10,13 +10,21 @@ from fusiontrain_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 class NextToken(nn.Module):
-    """The language-model loss. It owns no weights: the model passes its head, which may be tied to the embedding."""
+    """The language-model loss. It owns no weights: the model passes its head, which may be tied to the embedding.
 
-    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor) -> LossTerm:
+    impl: of the head and its loss, see `linear_cross_entropy`.
+    """
+
+    def __init__(self, impl: str = "auto") -> None:
+        super().__init__()
+        self.impl = impl
+
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, num_labels: int) -> LossTerm:
         """hidden [n, D], weight [V, D], labels [n] int64, loss_weights [n] float32 -> weighted sum, number of labels.
 
-        Rows labelled IGNORE_INDEX are left out before the head, which is most of the head's cost where images are.
+        Rows labelled IGNORE_INDEX are left out before the head, which is most of the head's cost where images are. num_labels: how many
+        rows are not, a host number, so that nothing waits for the device to count them.
         """
-        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        total = linear_cross_entropy(hidden[rows], weight, labels[rows], loss_weights[rows])
-        return LossTerm(total, torch.tensor(len(rows), dtype=torch.int64, device=hidden.device))
+        rows = (labels != IGNORE_INDEX).nonzero_static(size=num_labels).squeeze(1)
+        total = linear_cross_entropy(hidden[rows], weight, labels[rows], loss_weights[rows], impl=self.impl)
+        return LossTerm(total, torch.full((), num_labels, dtype=torch.int64, device=hidden.device))

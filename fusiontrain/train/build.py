@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
-from fusiontrain.parallel.reduce import barrier, on_main
+from fusiontrain.parallel.reduce import barrier, gather_objects, on_main
 from fusiontrain.train.checkpoint import (
     CONFIG,
     DamagedCheckpoint,
@@ -59,10 +59,11 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     set_threads(config.train.threads, ranks)
     tokenizer = load_tokenizer(config)
     loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
+    require_same_data_on_ranks(gather_objects(loader.fields))
     validation_loader = None
     if config.data.validation_sources:
         validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size)
-    model = build_model(config)
+    model = build_model(config, ranks.device)
     embeddings = embedding_names(model)
     parameters = parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device)
     optimizer = build_optimizer(parameters, embeddings, config.optimizer)
@@ -120,6 +121,17 @@ def require_same_data(saved: Mapping[str, Any], fields: Mapping[str, str], check
                 f"{checkpoint}: was trained on other data, or on the same in another order: {name} differs; restore it as in the "
                 f"checkpoint's {CONFIG}, or accept the other data with checkpoint.accept_data_change=true, or start anew with another run.dir"
             )
+
+
+def require_same_data_on_ranks(fields: Sequence[Mapping[str, str]]) -> None:
+    """Raise UserError, on every rank alike, where one would see other data than rank 0. fields: of all ranks, in order."""
+    for rank, others in enumerate(fields):
+        for name in sorted({*fields[0], *others}):
+            if fields[0].get(name) != others.get(name):
+                raise UserError(
+                    f"rank {rank} has {name}: {others.get(name)}, rank 0 has {fields[0].get(name)}; "
+                    "give all machines the same shards and the same versions of the packages"
+                )
 
 
 def on_these_data(state: TrainState, fields: dict[str, str]) -> TrainState:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusiontrain.config.load import load
-from fusiontrain.config.schema import Config
+from fusiontrain.config.schema import Config, KernelsConfig
 from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.models.fusion import FusionModel
@@ -47,7 +47,7 @@ def load_for_inference(path: str | Path) -> Trained:
     checkpoint = find_trained(path)
     manifest = read_manifest(checkpoint)
     config = find_folders(load(checkpoint / CONFIG), manifest["model"]["folders"], checkpoint)
-    model = build_model(config)
+    model = build_model(config.model_copy(update={"kernels": KernelsConfig()}))  # those of the training may need its GPU
     tensors = model_tensors(model, dict(model.named_parameters()), include_frozen=config.model.base is None)
     require_same_model(manifest["model"], model_identity(config, tensors), checkpoint)
     load_checkpoint(checkpoint, {"model": tensors}, Ranks())

@@ -169,6 +169,9 @@ class Trainer:
             logger.info("step %d: loss %.5f, gradient norm %.4f", values["step"], values["loss"], values["grad_norm"])
         if self.state.nonfinite_in_a_row:
             self.reporter.event(f"step {values['step']}: loss {values['loss']}, gradient norm {values['grad_norm']}: no update")
+        elif due and values["grad_norm"] == 0:
+            why = "these data hold no target for a weight that trains (text alone, and a frozen text side?)"
+            self.reporter.event(f"step {values['step']}: every gradient is zero: {why}")
         findings = self._gather_findings()
         if self.writer is not None:
             values |= self.writer.bad_samples(findings)

@@ -24,7 +24,7 @@ from fusiontrain_kernels.swiglu import triton_kernels as swiglu
 from fusiontrain_kernels.swiglu.triton_ops import BLOCK as SWIGLU_BLOCK
 
 M = 2  # modalities
-SIZES = ("T", "N", "K", "D", "H", "V", "F", "HALF", "size")
+SIZES = ("T", "N", "K", "D", "H", "V", "F", "HALF")
 ROWS_OF = ("x", "w", "grad", "residual", "summed", "gate", "up", "row", "head", "cos", "sin", "logits")
 
 

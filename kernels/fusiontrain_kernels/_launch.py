@@ -53,13 +53,14 @@ def nearest(table: dict[int, dict], capability: int) -> dict:
 
 
 def device_offsets(bounds: Sequence[int] | None, offsets: torch.Tensor | None, num_weights: int, x: torch.Tensor, operator: str) -> torch.Tensor:
-    """`offsets` if given, else `bounds` copied to x's device: [M + 1] int32. A caller with many launches should copy them once.
+    """`offsets` if given, else `bounds` on x's device: [M + 1] int32. A caller with many launches should make them once.
 
-    Raises ValueError if their number does not fit; their values stay on the device and are not read.
+    Raises ValueError if their number does not fit; their values stay on the device and are not read. `bounds` are filled in there, since a
+    copy from ordinary host memory would wait for all that the device has yet to do.
     """
     if offsets is None:
         assert bounds is not None
-        return torch.tensor(bounds, dtype=torch.int32, device=x.device)
+        return torch.stack([x.new_full((), bound, dtype=torch.int32) for bound in bounds])
     if offsets.shape != (num_weights + 1,) or offsets.dtype != torch.int32 or offsets.device != x.device:
         raise ValueError(f"{operator}: offsets: must be int32 [{num_weights + 1}] on {x.device}, not {offsets.dtype} {list(offsets.shape)} on {offsets.device}")
     return offsets
@@ -68,6 +69,13 @@ def device_offsets(bounds: Sequence[int] | None, offsets: torch.Tensor | None, n
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """x itself if the elements of its rows are neighbours in memory, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def same_strides(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors with neighbouring elements in a row and one distance between rows, which is all that a launch is told. Copies where they differ."""
+    tensors = [unit_stride(x) for x in tensors]
+    alike = all(x.stride(0) == tensors[0].stride(0) for x in tensors)
+    return tensors if alike else [x.contiguous() for x in tensors]
 
 
 def on_device(x: torch.Tensor) -> torch.cuda.device_of:

@@ -45,6 +45,9 @@ def path(tmp_path: Path) -> Path:
         (["model.recipe=dense"], "data.modalities", "the dense recipe needs ['text']"),
         (["data.modalities=[text]"], "data.modalities", "the transfusion recipe needs ['text', 'image']"),
         (["data.image.size=18"], "data.image.size", "no multiple of data.image.patch_size=4"),
+        (["data.image.resize=native", "data.image.min_tokens=40", "data.image.max_tokens=32"], "data.image.min_tokens", "max_tokens=32"),
+        (["data.image.resize=native", "data.image.min_tokens=4", "data.image.max_tokens=15"], "data.image.size", "16 patches"),
+        (["data.image.resize=native", "data.image.min_tokens=4", "data.image.max_tokens=61"], "data.sequence_length", "61 patches"),
         (["data.image.channels=4"], "data.image.channels", "pixels have 3"),
         (["data.sequence_length=19"], "data.sequence_length", "16 patches"),
         (["model.image.unet_channels=12"], "model.image.unet_channels", "no multiple of 8"),
@@ -73,6 +76,7 @@ def test_one_wrong_thing(path: Path, overrides: list[str], key: str, word: str) 
     [
         [BASE, "data.tokenizer.path=null"],
         ["data.sequence_length=20"],
+        ["data.image.resize=native", "data.image.min_tokens=4", "data.image.max_tokens=60"],
         ["data.image.representation=latents", "data.image.channels=4", "data.sequence_length=8"],
         ["parallel.dp_shard=3", "parallel.dp_replicate=2", "train.micro_batch_sequences=2"],
         ["data.condition_dropout=0", "sample.guidance=1"],

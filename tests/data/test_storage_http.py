@@ -186,6 +186,15 @@ def test_a_compressed_shard_behind_http(server):
     assert np.array_equal(index.crcs, expected.crcs) and np.array_equal(index.offsets, expected.offsets)
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_json_lines_behind_http(server, name):
+    lines = b"".join(json.dumps({"text": f"line {n}"}).encode() + b"\n" for n in range(9))
+    (server.folder / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    (shard,) = expand_shards(f"{server.url}/{name}", settings())
+    index, file = build_index(shard, "auto", False), open_shard(shard)
+    assert [member_reader(index.members(row), file)("json") for row in range(len(index))] == lines.splitlines()
+
+
 # ---------------------------------------------------------------- what fails, and how it says so
 
 

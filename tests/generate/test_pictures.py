@@ -34,11 +34,13 @@ def test_a_picture_survives_the_way_in_and_out() -> None:
 
 
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (8, 8)), ("RGB", (23, 14)), ("RGBA", (9, 30)), ("L", (8, 8)), ("P", (12, 12))])
-def test_a_file_gives_the_patches_that_training_would_see(tmp_path, mode, size) -> None:
+@pytest.mark.parametrize("resize", ["square", "stretch"])
+def test_a_file_gives_the_patches_that_training_would_see(tmp_path, mode, size, resize) -> None:
+    image = CONFIG.data.image.model_copy(update={"resize": resize})
     path = tmp_path / "picture.png"
     Image.fromarray(noise(size[1], size[0], 4), "RGBA").convert(mode).save(path)
-    expected, _ = decode_image("png", path.read_bytes(), CONFIG.data.image)
-    actual = from_pictures(build_model(CONFIG), [load_picture(str(path))], CONFIG.data.image)[0]
+    expected, _ = decode_image("png", path.read_bytes(), image)
+    actual = from_pictures(build_model(CONFIG), [load_picture(str(path))], image)[0]
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 

@@ -87,6 +87,23 @@ def test_large_logits_stay_finite(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_labels_and_their_weights_may_be_views(impl: str) -> None:
+    hidden, weight, labels, _ = case(21)
+    apart, one = torch.stack([labels, labels + 5], 1)[:, 0], torch.tensor(0.5).expand(21)
+    loss = linear_cross_entropy(hidden, weight, apart, one, impl=impl)
+    torch.testing.assert_close(loss, formula(hidden, weight, labels, one.contiguous(), 0.0), rtol=1e-12, atol=0)
+
+
+def test_a_label_beyond_the_vocabulary_is_never_a_number() -> None:
+    hidden, weight, labels, loss_weights = case(21)
+    labels[4] = VOCAB
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(hidden, weight, labels, loss_weights, impl="chunked")
+    if HAS_TRITON:
+        assert linear_cross_entropy(hidden, weight, labels, loss_weights, impl="triton").isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_the_operator_keeps_its_contract(impl: str) -> None:
     hidden, weight, labels, loss_weights = case(9)
     torch.library.opcheck(chunked.linear_cross_entropy, (hidden, weight, labels, loss_weights, 0.1, True, True, impl))

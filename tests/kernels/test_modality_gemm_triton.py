@@ -107,6 +107,20 @@ def test_rows_and_weights_may_be_slices_of_wider_tensors() -> None:
     assert_same(modality_gemm(wide[:, 5:29], turned, case.bounds, impl="triton"), expected, 1e-12)
 
 
+def test_every_weight_may_have_its_own_distance_between_rows() -> None:
+    case = Case((20, 13))
+    wide = torch.full((40, 31), float("nan"), dtype=torch.float64)
+    wide[:, 3:27] = case.weights[1].detach()
+    mixed, plain = [case.weights[0].detach(), wide[:, 3:27]], [weight.detach() for weight in case.weights]
+    x = case.x.detach()
+    assert torch.equal(modality_gemm(x, mixed, case.bounds, impl="triton"), modality_gemm(x, plain, case.bounds, impl="triton"))
+    swiglu = [modality_swiglu(x, plain, ups, case.bounds, impl="triton") for ups in (mixed, plain)]
+    assert torch.equal(*swiglu)
+    grads = [case.grad, torch.stack([case.grad, case.grad], 1)[:, 0]]
+    actual = triton_ops.dgrad(grads, plain + mixed, case.offsets)
+    assert_same(actual, triton_ops.dgrad([2 * case.grad], plain, case.offsets), 1e-12)
+
+
 @pytest.mark.parametrize("impl", ["segments", "grouped_mm"])
 def test_the_other_implementations_agree(impl: str) -> None:
     case = Case((13, 0, 37), dtype=torch.float32, frozen=(0,))
@@ -200,3 +214,26 @@ def test_what_does_not_fit_is_refused() -> None:
         modality_gemm(case.x, case.weights, case.bounds, main_grads=case.weights, impl="segments")
     with pytest.raises(ValueError, match="grouped_mm"):
         modality_gemm(case.x, case.weights, case.bounds, impl="grouped_mm")
+
+
+def test_tensors_that_a_kernel_would_read_beside_are_refused() -> None:
+    case = Case((20, 13))
+    x, weights = case.x, case.weights
+
+    def gemm(weights: list[torch.Tensor] = weights, **options) -> torch.Tensor:
+        return modality_gemm(x, weights, case.bounds, impl="triton", **options)
+
+    with pytest.raises(ValueError, match=r"weights\[1\]: must be torch.float64 \[40, 24\]"):
+        gemm([weights[0], weights[1][:39]])
+    with pytest.raises(ValueError, match=r"weights\[0\]: must be torch.float64"):
+        gemm([weights[0].float(), weights[1]])
+    with pytest.raises(ValueError, match=r"biases\[1\]: must be"):
+        gemm(biases=[None, case.biases[1][:39]])
+    with pytest.raises(ValueError, match=r"ups\[1\]: must be"):
+        modality_swiglu(x, weights, [weights[0], weights[1][:, :23]], case.bounds, impl="triton")
+    with pytest.raises(ValueError, match=r"main_grads\[0\]: is None though"):
+        gemm(main_grads=[None, torch.zeros(40, 24)])
+    with pytest.raises(ValueError, match=r"main_grads\[1\]: must be contiguous \[40, 24\]"):
+        gemm(main_grads=[torch.zeros(40, 24), torch.zeros(24, 40).T])
+    with pytest.raises(ValueError, match="one per weight, and no biases"):
+        gemm(main_grads=[torch.zeros(40, 24)])

@@ -96,11 +96,32 @@ def test_the_bits_of_the_reference_in_bfloat16() -> None:
     assert (swiglu(x, other, impl="triton") == swiglu(x, other, impl="reference")).float().mean() > 0.99
 
 
+def test_tensors_that_a_kernel_would_read_beside_are_refused() -> None:
+    x, gain = normal(6, 8, seed=1), normal(8, seed=2)
+    with pytest.raises(ValueError, match=r"rms_norm: weights\[1\]: must be torch.float64 \[8\]"):
+        rms_norm(x, [gain, gain[:7]], (0, 2, 6), EPS, impl="triton")
+    with pytest.raises(ValueError, match="add_rms_norm: residual: must be"):
+        add_rms_norm(x, x.float(), [gain], (0, 6), EPS, impl="triton")
+    with pytest.raises(ValueError, match="swiglu: up: must be"):
+        swiglu(x, x[:, :7], impl="triton")
+
+
+def test_weights_of_a_norm_may_be_columns_of_a_table() -> None:
+    x, table = normal(6, 8, seed=1), normal(8, 2, seed=2)
+    columns, copies = [table[:, 0], table[:, 1]], [table[:, 0].clone(), table[:, 1].clone()]
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outs = [rms_norm(leaf, weights, (0, 2, 6), EPS, impl="triton") for leaf, weights in zip(leaves, (columns, copies), strict=True)]
+    assert torch.equal(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
 TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)
-@pytest.mark.parametrize("size", [(33, 40), (1, 5), (0, 8)], ids=str)
+@pytest.mark.parametrize("size", [(33, 40), (1, 5), (0, 8), (2, 1030)], ids=str)
 def test_swiglu(dtype: torch.dtype, tolerance: float, size: tuple[int, int]) -> None:
     fused = normal(size[0], 2 * size[1], seed=1, dtype=dtype).requires_grad_()
 

@@ -133,7 +133,7 @@ def test_loss_equals_loops(objective: Objective, targets: tuple[bool, ...]) -> N
             for token in tokens:
                 expected_grad[token] = 2 * (prediction - aim)[token].detach() / size
     assert term.sum.dtype == torch.float32 and term.count.dtype == torch.int64
-    assert math.isclose(float(term.sum), total, rel_tol=1e-5, abs_tol=1e-9)
+    assert math.isclose(float(term.sum.detach()), total, rel_tol=1e-5, abs_tol=1e-9)
     assert int(term.count) == sum(targets)
     (grad,) = torch.autograd.grad(term.sum, prediction)
     torch.testing.assert_close(grad, expected_grad)

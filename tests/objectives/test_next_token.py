@@ -16,7 +16,7 @@ def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_sum_over_labelled_rows_and_their_count() -> None:
     hidden, weight, labels, loss_weights = case()
-    term = NextToken()(hidden, weight, labels, loss_weights)
+    term = NextToken()(hidden, weight, labels, loss_weights, 3)
     expected = 0.0
     for row in (0, 2, 3):
         probabilities = (hidden[row].double() @ weight.double().T).softmax(-1)
@@ -30,7 +30,7 @@ def test_rows_without_a_label_have_no_influence() -> None:
     hidden, weight, labels, loss_weights = case()
     hidden[1], loss_weights[1] = float("nan"), float("nan")
     hidden.requires_grad_()
-    term = NextToken()(hidden, weight, labels, loss_weights)
+    term = NextToken()(hidden, weight, labels, loss_weights, 3)
     assert term.sum.isfinite()
     (grad,) = torch.autograd.grad(term.sum, hidden)
     assert not grad[[1, 4]].any() and grad[[0, 2, 3]].any(dim=1).all()
@@ -39,8 +39,8 @@ def test_rows_without_a_label_have_no_influence() -> None:
 def test_splitting_changes_nothing() -> None:
     arguments = case()
     hidden, weight, labels, loss_weights = arguments
-    whole = NextToken()(*arguments)
-    parts = [NextToken()(hidden[rows], weight, labels[rows], loss_weights[rows]) for rows in (slice(0, 2), slice(2, 5))]
+    whole = NextToken()(*arguments, 3)
+    parts = [NextToken()(hidden[rows], weight, labels[rows], loss_weights[rows], count) for rows, count in ((slice(0, 2), 1), (slice(2, 5), 2))]
     torch.testing.assert_close(parts[0].sum + parts[1].sum, whole.sum)
     assert parts[0].count + parts[1].count == whole.count
 
@@ -48,7 +48,7 @@ def test_splitting_changes_nothing() -> None:
 def test_no_labels_at_all() -> None:
     hidden, weight, labels, loss_weights = case()
     hidden.requires_grad_(), weight.requires_grad_()
-    term = NextToken()(hidden, weight, torch.full_like(labels, IGNORE_INDEX), loss_weights)
+    term = NextToken()(hidden, weight, torch.full_like(labels, IGNORE_INDEX), loss_weights, 0)
     term.sum.backward()
     assert term.sum == 0 and term.count == 0
     assert hidden.grad is not None and not hidden.grad.any()

@@ -303,3 +303,10 @@ def test_what_only_the_ranks_and_the_disk_can_tell(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         check_config(config, 3)
     assert "nowhere matches no tar file" in str(caught.value) and "global_batch_sequences=4" in str(caught.value)
+
+
+def test_training_on_text_alone_beside_a_frozen_text_side_says_that_nothing_learns(folder: Path) -> None:
+    source = {"path": str(folder / "world" / "train" / "texts-*.tar")}
+    config = world_config(folder, {"run.dir": str(folder / "texts"), "data.sources": [source], "train.steps": 1})
+    assert any("every gradient is zero" in event for event in train(config)[2])
+    assert not any("every gradient is zero" in event for event in train(world_config(folder, {"run.dir": str(folder / "both"), "train.steps": 1}))[2])

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, image_suffixes, read_json
 
-TEXT_KEYS = ("caption", "text")
+TEXT_KEYS = ("caption", "captions", "text")
 TEXT_SUFFIXES = ("txt", "text", "caption")
+CLASS_SUFFIX = "cls"
+DOWNLOAD_FIELDS = {"url", "status", "error_message"}
+"""What img2dataset writes into every .json about how the download of its image went."""
 
 
-def read_captions(suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
-    """A pair from `{key}.jpg` (or .png, ...) and `{key}.txt` or the key "caption" or "text" of `{key}.json`; text alone without an image.
+def read_captions(suffixes: Collection[str], fields: Fields, latents: bool, text_key: str | None = None) -> Sample:
+    """A pair from `{key}.jpg` (or .png, ...) and its text; text alone without an image.
 
-    Raises BadSample where there is no text, and where the image is there in the other representation only.
+    The text is the first of these that is not blank: `{key}.txt`, `.text` or `.caption`; the field "caption", "captions" or "text" of
+    `{key}.json`; the words of `{key}.cls`. text_key: the field of the .json instead, with dots between the keys of nested objects. A list of
+    texts is a choice, which the plan draws anew for each visit. Raises BadSample where there is no text, where an image is there in the other
+    representation only, and where img2dataset says that there is none.
     """
     found = image_suffixes(suffixes)
     images = [suffix for suffix in found if suffix.endswith(LATENT_SUFFIX) == latents]
@@ -22,22 +29,65 @@ def read_captions(suffixes: Collection[str], fields: Fields, latents: bool) -> S
         raise BadSample(f"has {', '.join(found)}, but data.image.representation={'latents' if latents else 'pixels'}")
     if len(images) > 1:
         raise BadSample(f"has {len(images)} images ({', '.join(images)}), a caption pair has one")
-    pieces = [Piece(text=_text(suffixes, fields)), *(Piece(image=image) for image in images)]
-    return Sample(tuple(pieces), is_pair=bool(images))
+    texts = _texts(suffixes, fields, text_key)
+    if not images and "json" in suffixes:
+        _require_downloaded(fields)
+    pieces = [*(Piece(text=text) for text in texts), *(Piece(image=image) for image in images)]
+    return Sample(tuple(pieces), is_pair=bool(images) or len(texts) > 1)
 
 
-def _text(suffixes: Collection[str], fields: Fields) -> str:
-    for suffix in TEXT_SUFFIXES:
-        if suffix in suffixes:
-            try:
-                text = fields(suffix).decode().strip()
-            except UnicodeDecodeError as error:
-                raise BadSample(f"its .{suffix} is not UTF-8") from error
-            if text:
-                return text
+def _texts(suffixes: Collection[str], fields: Fields, text_key: str | None) -> list[str]:
+    if text_key is not None:
+        texts = _field(read_json(fields), text_key) if "json" in suffixes else []
+        if not texts:
+            raise BadSample(f"has no text in the field {text_key!r} of a .json")
+        return texts
+    for suffix in _text_members(suffixes):
+        if text := _decoded(suffix, fields):
+            return [text]
     if "json" in suffixes:
         document = read_json(fields)
         for key in TEXT_KEYS:
-            if isinstance(document, dict) and isinstance(document.get(key), str) and document[key].strip():
-                return checked_text(document[key].strip())
-    raise BadSample("has no text: neither a .txt member nor a 'caption' or 'text' in its .json")
+            if texts := _field(document, key):
+                return texts
+    if CLASS_SUFFIX in suffixes and (label := _decoded(CLASS_SUFFIX, fields)):
+        if label.lstrip("-").isdigit():
+            raise BadSample(f"has no text but the class number {label} in its .cls; write the name of the class as .txt")
+        return [label]
+    raise BadSample("has no text: neither a .txt member nor a 'caption', 'captions' or 'text' in its .json")
+
+
+def _text_members(suffixes: Collection[str]) -> list[str]:
+    """The members that hold text: those of the usual names, else the only one of a name of its own, such as `caption.txt`. Raises BadSample."""
+    named = [suffix for suffix in TEXT_SUFFIXES if suffix in suffixes]
+    if named:
+        return named
+    others = sorted(suffix for suffix in suffixes if suffix.rpartition(".")[2] in TEXT_SUFFIXES)
+    if len(others) > 1:
+        raise BadSample(f"has several texts ({', '.join(others)}); name the one that is the caption .txt")
+    return others
+
+
+def _decoded(suffix: str, fields: Fields) -> str:
+    try:
+        return fields(suffix).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"its .{suffix} is not UTF-8") from error
+
+
+def _field(document: Any, key: str) -> list[str]:
+    """The texts of a field that is a text or a list of texts, blank ones left out; none where it is anything else."""
+    value = document.get(key) if isinstance(document, dict) else None
+    if value is None:
+        value = document
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+    values = value if isinstance(value, list) else [value]
+    return [checked_text(text.strip()) for text in values if isinstance(text, str) and text.strip()]
+
+
+def _require_downloaded(fields: Fields) -> None:
+    """Raises BadSample for a caption whose image img2dataset could not fetch: it is half of a pair, not a text."""
+    document = read_json(fields)
+    if isinstance(document, dict) and document.keys() >= DOWNLOAD_FIELDS and document["status"] != "success":
+        raise BadSample(f"its image was not fetched: img2dataset says {document['status']} ({document['error_message']})")

@@ -1,13 +1,18 @@
 """Interleaved documents as Megatron-Energon lays them out: `{key}.json` with parallel lists `texts` and `images`, one of the two null in
-each place, and the images as members `{key}.<name>`."""
+each place, and the images as members `{key}.<name>`; or, as MINT-1T-PDF and MINT-1T-ArXiv do, as the pages of one `{key}.tiff` in reading order."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from io import BytesIO
 from typing import Any
 
-from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, read_json
+from PIL import Image
+
+from fusiontrain.data.errors import DECODE, BadSample
+from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, page_name, read_json
+
+TIFF_SUFFIXES = ("tiff", "tif")
 
 
 def is_interleaved(document: Any) -> bool:
@@ -27,6 +32,7 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: bool) -
     texts, images = document["texts"], document["images"]
     if len(texts) != len(images):
         raise BadSample(f"'texts' has {len(texts)} places and 'images' {len(images)}")
+    pages = _pages(images, suffixes, fields, latents)
     pieces = []
     for place, (text, image) in enumerate(zip(texts, images, strict=True)):
         if text is not None and image is not None:
@@ -34,12 +40,32 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: bool) -
         if isinstance(text, str) and text:
             pieces.append(Piece(text=checked_text(text)))
         elif image is not None:
-            pieces.append(Piece(image=_member(image, suffixes, latents)))
+            pieces.append(Piece(image=next(pages) if pages is not None else _member(image, suffixes, latents)))
         elif text not in (None, ""):
             raise BadSample(f"the text in place {place} is a {type(text).__name__}")
     if not pieces:
         raise BadSample("holds neither text nor image")
     return Sample(tuple(pieces))
+
+
+def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, latents: bool) -> Iterator[str] | None:
+    """The names of the pages of the TIFF that holds the sample's images, one for each; None where the images are members. Raises BadSample."""
+    named = [image for image in images if image is not None]
+    tiff = next((suffix for suffix in TIFF_SUFFIXES if suffix in suffixes), None)
+    if tiff is None or not named or any(isinstance(image, str) and image.lower() in suffixes for image in named):
+        return None
+    if latents:
+        raise BadSample(f"has its images in a .{tiff}, but data.image.representation=latents")
+    try:
+        with Image.open(BytesIO(fields(tiff))) as opened:
+            found = getattr(opened, "n_frames", 1)
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow's readers, given damaged bytes, raise nearly anything
+        raise BadSample(f"its .{tiff} is not an image that can be read ({error})", DECODE) from error
+    if found != len(named):
+        raise BadSample(f"names {len(named)} images, but its .{tiff} has {found} pages")
+    return (page_name(tiff, page) for page in range(found))
 
 
 def _member(image: Any, suffixes: Collection[str], latents: bool) -> str:

@@ -11,6 +11,7 @@ from fusiontrain.data.errors import BadSample
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 LATENT_SUFFIX = "latent.npy"
+PAGE = "#page="
 
 Fields = Callable[[str], bytes]
 """The bytes of a member, by suffix."""
@@ -18,7 +19,8 @@ Fields = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class Piece:
-    """A text, or the suffix of the member that holds an image. token_ids: of a text that was tokenised before, instead of it."""
+    """A text, or the name of an image: the suffix of its member, with `#page=N` behind it where that holds several.
+    token_ids: of a text that was tokenised before, instead of it."""
 
     text: str | None = None
     image: str | None = None
@@ -27,13 +29,26 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sample:
-    """Pieces in reading order. is_pair: an image and its caption without an order of their own; the plan draws one."""
+    """Pieces in reading order. is_pair: a caption, or several to choose from, and perhaps their image, without an order of their own; the plan
+    draws the caption and the order."""
 
     pieces: tuple[Piece, ...]
     is_pair: bool = False
 
 
-def is_image(suffix: str) -> bool:
+def page_name(suffix: str, page: int) -> str:
+    """The name of an image that is page 0, 1, ... of a member."""
+    return f"{suffix}{PAGE}{page}"
+
+
+def split_page(name: str) -> tuple[str, int]:
+    """(suffix of the member, page in it) of an image's name; page 0 where the name has none."""
+    suffix, _, page = name.partition(PAGE)
+    return suffix, int(page or 0)
+
+
+def is_image(name: str) -> bool:
+    suffix, _ = split_page(name)
     return suffix.rpartition(".")[2] in IMAGE_SUFFIXES or suffix == LATENT_SUFFIX or suffix.endswith("." + LATENT_SUFFIX)
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.captions import TEXT_SUFFIXES, read_captions
 from fusiontrain.data.formats.interleaved import is_interleaved, read_interleaved
 from fusiontrain.data.formats.pieces import Fields, Sample, read_json
 
-READERS = {"interleaved": read_interleaved, "captions": read_captions}
+
+def source_kind(source: SourceConfig) -> str:
+    """The kind of a source's samples, as `read_sample` takes it: its format, or `captions:<field>` where a field of the json holds the text."""
+    return source.format if source.text_key is None else f"captions:{source.text_key}"
 
 
 def read_sample(kind: str, suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
-    """The pieces of a sample of format `kind`; "auto" looks at its .json. Raises BadSample."""
-    return READERS[detect(suffixes, fields) if kind == "auto" else kind](suffixes, fields, latents)
+    """The pieces of a sample of that kind; "auto" looks at its .json. Raises BadSample."""
+    form, _, text_key = kind.partition(":")
+    if form == "auto":
+        form = detect(suffixes, fields)
+    if form == "interleaved":
+        return read_interleaved(suffixes, fields, latents)
+    return read_captions(suffixes, fields, latents, text_key or None)
 
 
 def detect(suffixes: Collection[str], fields: Fields) -> str:

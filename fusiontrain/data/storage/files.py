@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fusiontrain.data.storage import http, objects
 from fusiontrain.data.storage.retry import FinalError, retried
@@ -124,6 +125,22 @@ class Stretch:
 
     def close(self) -> None:
         self.file.close()
+
+
+class FileStream(io.RawIOBase):
+    """A shard's file as a stream, for what reads one; `close` leaves the file open."""
+
+    def __init__(self, file: ShardFile) -> None:
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(self._position, min(len(buffer), self._file.size - self._position))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def read_exactly(descriptor: int, offset: int, size: int) -> bytes:

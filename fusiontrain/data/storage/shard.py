@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from fusiontrain.config.schema import StorageConfig
 
 PIPE = "pipe:"
-GZIP_SUFFIXES = (".tar.gz", ".tgz")
+GZIP_SUFFIXES = (".tar.gz", ".tgz", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RemoteShard:
 
 @dataclass(frozen=True)
 class GzipShard:
-    """A compressed tar, which has no random access: it is decompressed into the cache folder before it is read."""
+    """A compressed shard, which has no random access: it is decompressed into the cache folder before it is read."""
 
     origin: Path | RemoteShard
     settings: StorageConfig

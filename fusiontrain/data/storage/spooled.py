@@ -15,9 +15,8 @@ import zlib
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-from fusiontrain.data.storage.files import LocalFile, RemoteFile, ShardFile, read_exactly
+from fusiontrain.data.storage.files import FileStream, LocalFile, RemoteFile, ShardFile, read_exactly
 from fusiontrain.data.storage.shard import GzipShard, PipeShard, digest, identity, scrubbed, user_cache
 from fusiontrain.data.storage.spool import Spool
 from fusiontrain.utils.errors import UserError
@@ -69,7 +68,7 @@ def gunzipped(shard: GzipShard) -> Generator[bytes]:
     """The decompressed bytes, in chunks. Raises UserError where they are damaged."""
     origin = shard.origin
     file: ShardFile = LocalFile(origin) if isinstance(origin, Path) else RemoteFile(origin)
-    with closing(file), gzip.GzipFile(fileobj=io.BufferedReader(_Stream(file), CHUNK)) as stream:
+    with closing(file), gzip.GzipFile(fileobj=io.BufferedReader(FileStream(file), CHUNK)) as stream:
         while True:
             try:
                 chunk = stream.read(CHUNK)
@@ -131,19 +130,3 @@ def _last_line(complaints: io.BufferedRandom) -> str:
     lines = complaints.read().decode(errors="backslashreplace").split("\n")
     said = next((line for line in reversed(lines) if line.strip()), "")
     return f": {scrubbed(said)[:200]}" if said else ""
-
-
-class _Stream(io.RawIOBase):
-    """A shard's file as Python's stream."""
-
-    def __init__(self, file: ShardFile) -> None:
-        self._file, self._position = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(self._position, min(len(buffer), self._file.size - self._position))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from fusiontrain.models.layers.layout import Layout
 from fusiontrain.models.layers.untied import UntiedLinear
 from fusiontrain.models.recipes.recipe import Groups
 from fusiontrain_kernels.rope import rope
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T, H, Dh], k [T, K, Dh], v [T, K, Dh]) -> [T, H, Dh]. Training passes the masked kernel, generation passes its cache."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What every layer needs to know of the rows it is given: modality borders and rotary angles [T, Dh]."""
-
-    modality_bounds: tuple[int, ...]
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class Attention(nn.Module):
@@ -37,9 +28,8 @@ class Attention(nn.Module):
         self.o = UntiedLinear(groups, num_heads * head_dim, dim)
 
     def forward(self, x: torch.Tensor, layout: Layout, attend: Attend) -> torch.Tensor:
-        bounds = layout.modality_bounds
-        q = self.q(x, bounds).unflatten(-1, (-1, self.head_dim))  # [T, H, Dh]
-        k = self.k(x, bounds).unflatten(-1, (-1, self.head_dim))  # [T, K, Dh]
-        v = self.v(x, bounds).unflatten(-1, (-1, self.head_dim))
-        out = attend(rope(q, layout.cos, layout.sin), rope(k, layout.cos, layout.sin), v)
-        return self.o(out.flatten(1), bounds)
+        q = self.q(x, layout).unflatten(-1, (-1, self.head_dim))  # [T, H, Dh]
+        k = self.k(x, layout).unflatten(-1, (-1, self.head_dim))  # [T, K, Dh]
+        v = self.v(x, layout).unflatten(-1, (-1, self.head_dim))
+        q, k = (rope(heads, layout.cos, layout.sin, impl=layout.kernels.rope) for heads in (q, k))
+        return self.o(attend(q, k, v).flatten(1), layout)

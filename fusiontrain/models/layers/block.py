@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fusiontrain.models.layers.attention import Attend, Attention, Layout
+from fusiontrain.models.layers.attention import Attend, Attention
 from fusiontrain.models.layers.feed_forward import FeedForward
+from fusiontrain.models.layers.layout import Layout
 from fusiontrain.models.layers.untied import UntiedRMSNorm
 from fusiontrain.models.recipes.recipe import Recipe
 from fusiontrain.models.shape import ModelShape
 
 
 class Block(nn.Module):
-    """Pre-norm, as Llama: x + attention(norm(x)), then x + feed_forward(norm(x)). x [T, D] -> [T, D]."""
+    """Pre-norm, as Llama: x + attention(norm(x)), then x + feed_forward(norm(x)). x [T, D] -> [T, D].
+
+    The second norm adds the attention's output in the same pass. The first one could add the feed-forward's of the block before, but then
+    two tensors would pass between blocks, and recomputation would keep both.
+    """
 
     def __init__(self, shape: ModelShape, recipe: Recipe) -> None:
         super().__init__()
@@ -23,6 +28,6 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(recipe.feed_forward, shape.dim, shape.ffn_dim)
 
     def forward(self, x: torch.Tensor, layout: Layout, attend: Attend) -> torch.Tensor:
-        bounds = layout.modality_bounds
-        x = x + self.attention(self.attention_norm(x, bounds), layout, attend)
-        return x + self.feed_forward(self.feed_forward_norm(x, bounds), bounds)
+        update = self.attention(self.attention_norm(x, layout), layout, attend)
+        normed, x = self.feed_forward_norm.add(x, update, layout)
+        return x + self.feed_forward(normed, layout)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fusiontrain.models.layers.layout import Layout
 from fusiontrain.models.recipes.recipe import Groups
 from fusiontrain_kernels.modality_gemm import modality_gemm
-from fusiontrain_kernels.rms_norm import rms_norm
+from fusiontrain_kernels.rms_norm import add_rms_norm, rms_norm
 
 
 def group_names(groups: Groups) -> tuple[str, ...]:
@@ -17,12 +18,6 @@ def group_names(groups: Groups) -> tuple[str, ...]:
     return names
 
 
-def group_bounds(groups: Groups, modality_bounds: tuple[int, ...]) -> tuple[int, ...]:
-    """First row of each group, and the end: modality bounds with the borders inside a group taken out."""
-    inner = [modality_bounds[i] for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
-    return (modality_bounds[0], *inner, modality_bounds[-1])
-
-
 class UntiedLinear(nn.ModuleDict):
     """One `nn.Linear` without bias per group. x [T, in] -> [T, out]; parameters are named `<group>.weight`."""
 
@@ -30,9 +25,14 @@ class UntiedLinear(nn.ModuleDict):
         super().__init__({name: nn.Linear(in_features, out_features, bias=False) for name in group_names(groups)})
         self.groups = groups
 
-    def forward(self, x: torch.Tensor, modality_bounds: tuple[int, ...]) -> torch.Tensor:
-        weights = [linear.weight for linear in self.values()]
-        return modality_gemm(x, weights, group_bounds(self.groups, modality_bounds))
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """One [out, in] per group."""
+        return [linear.weight for linear in self.values()]
+
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        rows = layout.rows[self.groups]
+        return modality_gemm(x, self.weights, rows.bounds, offsets=rows.offsets, impl=layout.kernels.gemm)
 
 
 class UntiedRMSNorm(nn.ModuleDict):
@@ -42,6 +42,16 @@ class UntiedRMSNorm(nn.ModuleDict):
         super().__init__({name: nn.RMSNorm(dim, eps=eps) for name in group_names(groups)})
         self.groups, self.eps = groups, eps
 
-    def forward(self, x: torch.Tensor, modality_bounds: tuple[int, ...]) -> torch.Tensor:
-        weights = [norm.weight for norm in self.values()]
-        return rms_norm(x, weights, group_bounds(self.groups, modality_bounds), self.eps)
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """One [D] per group."""
+        return [norm.weight for norm in self.values()]
+
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        rows = layout.rows[self.groups]
+        return rms_norm(x, self.weights, rows.bounds, self.eps, offsets=rows.offsets, impl=layout.kernels.norm)
+
+    def add(self, x: torch.Tensor, update: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of x + update, x + update), both [T, D]."""
+        rows = layout.rows[self.groups]
+        return add_rms_norm(x, update, self.weights, rows.bounds, self.eps, offsets=rows.offsets, impl=layout.kernels.norm)

@@ -107,8 +107,13 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: torch.Tensor, *_unused: object):
     hidden_grad, weight_grad = ctx.saved_tensors
-    scaled = (hidden_grad * grad).to(hidden_grad.dtype) if ctx.hidden_live else None
-    return scaled, (weight_grad * grad).to(ctx.dtype) if ctx.weight_live else None, *[None] * 6
+    hidden_scaled = _scaled(hidden_grad, grad, hidden_grad.dtype) if ctx.hidden_live else None
+    return hidden_scaled, _scaled(weight_grad, grad, ctx.dtype) if ctx.weight_live else None, *[None] * 6
+
+
+def _scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x * factor in one pass: a float32 product of the size of a head's weight would be gigabytes."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
 
 
 linear_cross_entropy.register_autograd(_backward, setup_context=_save)

@@ -17,7 +17,8 @@ def softmax_loss(
     logits, labels, loss_weights, losses, V, stride_logits,
     Z_LOSS: tl.constexpr, DIFFERENTIATE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """losses[r] = weight * (lse - logits[label] + Z_LOSS * lse^2), 0 where the label is negative; logits become its gradient."""
+    """losses[r] = weight * (lse - logits[label] + Z_LOSS * lse^2), 0 where the label is negative, NaN where it is not
+    below V; logits become its gradient."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride_logits
     column = tl.arange(0, BLOCK)
@@ -33,7 +34,7 @@ def softmax_loss(
         largest = higher
     top = tl.max(largest, axis=0)
     lse = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
-    target = tl.load(start + tl.maximum(label, 0)).to(ACC)
+    target = tl.load(start + tl.maximum(label, 0), mask=label < V, other=float("nan")).to(ACC)
     tl.store(losses + row, weight * (lse - target + Z_LOSS * lse * lse))
     if DIFFERENTIATE:
         slope = weight * (1.0 + 2.0 * Z_LOSS * lse)
@@ -45,9 +46,9 @@ def softmax_loss(
 
 
 def launch(logits: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, losses: torch.Tensor, z_loss: float, differentiate: bool) -> None:
-    """Fill losses [n] and, with `differentiate`, turn logits [n, V] into their gradient."""
+    """Fill losses [n] and, with `differentiate`, turn logits [n, V], whose rows are contiguous, into their gradient."""
     block = min(BLOCK, triton.next_power_of_2(logits.shape[1]))
     softmax_loss[(len(logits),)](
-        logits, labels, loss_weights, losses, logits.shape[1], logits.stride(0),
+        logits, labels.contiguous(), loss_weights.contiguous(), losses, logits.shape[1], logits.stride(0),
         Z_LOSS=z_loss, DIFFERENTIATE=differentiate, ACC=accumulator(logits), BLOCK=block, num_warps=min(WARPS, max(1, block // 256)),
     )  # fmt: skip

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from fusiontrain_kernels._dispatch import choose
+from fusiontrain_kernels._launch import require_triton
 from fusiontrain_kernels.masked_routing_attention import chunked, dense, reference
 
 
 def _triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_ranges: torch.Tensor, query_ranges: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    return _triton_operator()(q, k, v, key_ranges, query_ranges, scale)
-
-
-def _triton_operator():
-    if find_spec("triton") is None:
-        raise RuntimeError("masked_routing_attention: impl='triton' needs the package triton, which is not installed here")
+    require_triton("masked_routing_attention", q)
     from fusiontrain_kernels.masked_routing_attention import triton_op
 
-    return triton_op.masked_routing_attention
+    return triton_op.masked_routing_attention(q, k, v, key_ranges, query_ranges, scale)
 
 
 _IMPLEMENTATIONS = {
@@ -51,7 +45,7 @@ def masked_routing_attention(
 
     impl: auto (= chunked, on every device), chunked (no [T, T] memory), triton (a GPU; elsewhere only under TRITON_INTERPRET=1), sdpa (torch's
     own with the mask made dense, [T, T] memory), reference (the specification: dense, [H, T, T] memory).
-    Raises ValueError for an unknown impl, RuntimeError where the chosen one cannot run.
+    Raises ValueError for an unknown impl and for one that cannot run here.
     """
     attend = choose("masked_routing_attention", _IMPLEMENTATIONS, impl, auto="chunked")
     return attend(q, k, v, key_ranges, query_ranges, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -17,6 +17,12 @@ _BEYOND = tl.constexpr(2**30)
 
 
 @triton.jit
+def _head(base, head, stride):
+    """Where a head begins. In 64 bits: heads may lie 2^31 elements apart."""
+    return base + tl.cast(head, tl.int64) * stride
+
+
+@triton.jit
 def _load_rows(base, start, stride, num_rows, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
     """Rows start .. start + BLOCK as [BLOCK, DP]; zeros behind D, and behind num_rows if MASKED."""
     rows = tl.arange(0, BLOCK)[:, None]
@@ -96,9 +102,9 @@ def forward_kernel(q, k, v, key_ranges, out, lse, num_rows, q_row, q_head, k_row
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # late rows see more: they start first
     head = tl.program_id(1)
     rows = start + tl.arange(0, BM)
-    k += (head // GROUP) * k_head
-    v += (head // GROUP) * v_head
-    queries = _load_rows(q + head * q_head, start, q_row, num_rows, BM, D, DP, True)
+    k = _head(k, head // GROUP, k_head)
+    v = _head(v, head // GROUP, v_head)
+    queries = _load_rows(_head(q, head, q_head), start, q_row, num_rows, BM, D, DP, True)
     acc = tl.zeros((BM, DP), ACC)
     top = tl.full((BM,), float("-inf"), ACC)
     total = tl.zeros((BM,), ACC)
@@ -113,7 +119,7 @@ def forward_kernel(q, k, v, key_ranges, out, lse, num_rows, q_row, q_head, k_row
     blind = total == 0
     acc = acc / tl.where(blind, 1.0, total)[:, None]
     _store_rows(out + head * D, start, H * D, num_rows, acc, BM, D, DP)
-    tl.store(lse + head * num_rows + rows, tl.where(blind, float("inf"), top + tl.math.log2(tl.where(blind, 1.0, total))), mask=rows < num_rows)
+    tl.store(_head(lse, head, num_rows) + rows, tl.where(blind, float("inf"), top + tl.math.log2(tl.where(blind, 1.0, total))), mask=rows < num_rows)
 
 
 @triton.jit
@@ -124,8 +130,8 @@ def delta_kernel(out, d_out, delta, num_rows, o_row, o_head, H: tl.constexpr, D:
     head = tl.program_id(1)
     rows = start + tl.arange(0, BM)
     o = _load_rows(out + head * D, start, H * D, num_rows, BM, D, DP, True)
-    do = _load_rows(d_out + head * o_head, start, o_row, num_rows, BM, D, DP, True)
-    tl.store(delta + head * num_rows + rows, tl.sum(o.to(ACC) * do.to(ACC), 1), mask=rows < num_rows)
+    do = _load_rows(_head(d_out, head, o_head), start, o_row, num_rows, BM, D, DP, True)
+    tl.store(_head(delta, head, num_rows) + rows, tl.sum(o.to(ACC) * do.to(ACC), 1), mask=rows < num_rows)
 
 
 @triton.jit
@@ -155,12 +161,12 @@ def dq_kernel(q, k, v, key_ranges, grad_rows, d_out, lse, delta, dq, num_rows, q
     head = tl.program_id(1)
     rows = start + tl.arange(0, BM)
     exists = rows < num_rows
-    k += (head // GROUP) * k_head
-    v += (head // GROUP) * v_head
-    queries = _load_rows(q + head * q_head, start, q_row, num_rows, BM, D, DP, True)
-    do = _load_rows(d_out + head * o_head, start, o_row, num_rows, BM, D, DP, True)
-    row_lse = tl.load(lse + head * num_rows + rows, mask=exists, other=float("inf"))
-    row_delta = tl.load(delta + head * num_rows + rows, mask=exists, other=0.0)
+    k = _head(k, head // GROUP, k_head)
+    v = _head(v, head // GROUP, v_head)
+    queries = _load_rows(_head(q, head, q_head), start, q_row, num_rows, BM, D, DP, True)
+    do = _load_rows(_head(d_out, head, o_head), start, o_row, num_rows, BM, D, DP, True)
+    row_lse = tl.load(_head(lse, head, num_rows) + rows, mask=exists, other=float("inf"))
+    row_delta = tl.load(_head(delta, head, num_rows) + rows, mask=exists, other=0.0)
     wanted = _wanted(grad_rows, rows, NUM_GRAD) & exists
     acc = tl.zeros((BM, DP), ACC)
     for g in range(tl.max(wanted.to(tl.int32), 0) * G):
@@ -201,8 +207,8 @@ def dkdv_kernel(q, k, v, query_ranges, grad_rows, d_out, lse, delta, dk, dv, num
     start = tl.program_id(0) * BN
     kv_head = tl.program_id(1)
     keys = start + tl.arange(0, BN)
-    key_tile = _load_rows(k + kv_head * k_head, start, k_row, num_rows, BN, D, DP, True)
-    value_tile = _load_rows(v + kv_head * v_head, start, v_row, num_rows, BN, D, DP, True)
+    key_tile = _load_rows(_head(k, kv_head, k_head), start, k_row, num_rows, BN, D, DP, True)
+    value_tile = _load_rows(_head(v, kv_head, v_head), start, v_row, num_rows, BN, D, DP, True)
     wanted = _wanted(grad_rows, keys, NUM_GRAD) & (keys < num_rows)
     dk_acc = tl.zeros((BN, DP), ACC)
     dv_acc = tl.zeros((BN, DP), ACC)
@@ -210,7 +216,8 @@ def dkdv_kernel(q, k, v, query_ranges, grad_rows, d_out, lse, delta, dk, dv, num
         g = turn // GROUP
         head = kv_head * GROUP + turn % GROUP
         low, high, first, first_full, last_full, last = _intervals(query_ranges, keys, num_rows, g, G, BM)
-        qh, doh, lseh, deltah = q + head * q_head, d_out + head * o_head, lse + head * num_rows, delta + head * num_rows
+        qh, doh = _head(q, head, q_head), _head(d_out, head, o_head)
+        lseh, deltah = _head(lse, head, num_rows), _head(delta, head, num_rows)
         dk_acc, dv_acc = _dkdv_tiles(
             dk_acc, dv_acc, key_tile, value_tile, qh, doh, lseh, deltah,
             low, high, first, first_full, q_row, o_row, num_rows, SCALE2, D, DP, BM, ACC, True)  # fmt: skip

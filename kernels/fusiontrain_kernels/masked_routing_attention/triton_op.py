@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
 
 from fusiontrain_kernels.masked_routing_attention import configs
 from fusiontrain_kernels.masked_routing_attention import triton_kernels as kernels
@@ -25,9 +24,7 @@ def masked_routing_attention(
     scale: float,
     grad_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See the package. Raises RuntimeError where Triton cannot run and ValueError for what the kernels cannot take."""
-    if q.device.type != "cuda" and not knobs.runtime.interpret:
-        raise RuntimeError(f"masked_routing_attention: impl='triton' needs a CUDA device, q is on {q.device}; TRITON_INTERPRET=1 runs it slowly anywhere")
+    """See the package. Raises ValueError for what the kernels cannot take."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"masked_routing_attention: impl='triton' takes one floating dtype for q, k and v, not {q.dtype}, {k.dtype}, {v.dtype}")
     if q.shape[-1] > max(configs.HEAD_DIMS):
@@ -52,7 +49,7 @@ def _forward_op(
 
 def _empty_forward(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, num_heads, _ = q.shape
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(num_heads, num_rows, dtype=_accumulator(q))
+    return q.new_empty(q.shape), q.new_empty(num_heads, num_rows, dtype=_accumulator(q))
 
 
 @_forward_op.register_fake
@@ -79,7 +76,7 @@ def _backward_op(
 
 
 def _empty_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
+    dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
     return dq, dk, dv
 
 
@@ -138,7 +135,7 @@ def backward(
     if num_rows == 0:
         return
     d_out, q, k, v = map(_unit_stride, (d_out, q, k, v))
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(lse.shape)
     config = _select("delta", q)
     sizes = _sizes(q, config)
     del sizes["BN"]

@@ -8,7 +8,7 @@ import torch
 
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton, device_offsets, require_triton
-from fusiontrain_kernels._segments import check_bounds
+from fusiontrain_kernels._segments import check_bounds, check_weights
 from fusiontrain_kernels.modality_gemm import grouped, reference
 from fusiontrain_kernels.swiglu import swiglu
 
@@ -33,13 +33,13 @@ def modality_gemm(
     offsets [M + 1] int32 on x's device: the same numbers; with them grouped_mm and triton read no bounds, so torch.compile does not
     specialise on a routing, and neither copies anything to the device. Returns [T, N].
 
-    Only weights that require a gradient get one computed; a modality without rows gets zeros, not None.
+    Only weights that require a gradient get one computed (grouped_mm: all, if any); a modality without rows gets zeros, not None.
     main_grads (triton only, without biases): M tensors [N, Kin], float32 for example, None where the weight is frozen. The backward adds the
     weights' gradients to them and leaves the weights' own `.grad` alone.
 
     impl: auto (triton on a GPU, else segments), reference, segments (one ATen GEMM per modality: the reference itself), grouped_mm
     (torch.nn.functional.grouped_mm, weights stacked in every call), triton.
-    Raises ValueError for an unknown impl, one that cannot run here, and bounds that do not fit.
+    Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and (triton) tensors that do not fit each other.
     """
     implementation = choose("modality_gemm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "segments"))
     if main_grads is not None and implementation is not _triton:
@@ -78,17 +78,32 @@ def _triton(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | 
     require_triton("modality_gemm", x)
     from fusiontrain_kernels.modality_gemm import triton_ops
 
-    if main_grads is not None and (biases is not None or len(main_grads) != len(weights)):
-        raise ValueError(f"modality_gemm: main_grads: {len(main_grads)} for {len(weights)} weights: one per weight, and no biases")
+    shape = (len(weights[0]), x.shape[1])
+    check_weights("modality_gemm", "weights", weights, shape, x)
+    check_weights("modality_gemm", "biases", biases or [], shape[:1], x)
+    if main_grads is not None:
+        _check_main_grads(main_grads, weights, biases)
     filled = [] if biases is None else [weights[0].new_zeros(len(weights[0])) if bias is None else bias for bias in biases]
     into = [] if main_grads is None else [weight if grad is None else grad for weight, grad in zip(weights, main_grads, strict=True)]
     return triton_ops.gemm(x, list(weights), filled, _offsets(x, weights, bounds, offsets), into)
+
+
+def _check_main_grads(main_grads: Biases, weights: Weights, biases: Biases | None) -> None:
+    if biases is not None or len(main_grads) != len(weights):
+        raise ValueError(f"modality_gemm: main_grads: {len(main_grads)} for {len(weights)} weights: one per weight, and no biases")
+    for m, (grad, weight) in enumerate(zip(main_grads, weights, strict=True)):
+        if grad is None and weight.requires_grad:
+            raise ValueError(f"modality_gemm: main_grads[{m}]: is None though weights[{m}] requires a gradient: pass a tensor to add it to")
+        if grad is not None and (grad.shape != weight.shape or grad.device != weight.device or not grad.is_contiguous()):
+            raise ValueError(f"modality_gemm: main_grads[{m}]: must be contiguous {list(weight.shape)} on {weight.device}, like its weight")
 
 
 def _triton_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bounds, offsets: torch.Tensor | None) -> torch.Tensor:
     require_triton("modality_swiglu", x)
     from fusiontrain_kernels.modality_gemm import triton_ops
 
+    for name, weights in [("gates", gates), ("ups", ups)]:
+        check_weights("modality_swiglu", name, weights, (len(gates[0]), x.shape[1]), x)
     return triton_ops.gemm_swiglu(x, list(gates), list(ups), _offsets(x, gates, bounds, offsets))[0]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from fusiontrain_kernels._launch import accumulator, architecture, nearest, on_device, unit_stride
+from fusiontrain_kernels._launch import accumulator, architecture, nearest, on_device, same_strides, unit_stride
 from fusiontrain_kernels.modality_gemm import triton_kernels
 from fusiontrain_kernels.modality_gemm.configs import CONFIGS, FLOAT32, SMALL, Config
 from fusiontrain_kernels.swiglu.triton_ops import swiglu_backward
@@ -32,7 +32,7 @@ def _tiles(config: Config, num_rows: int, num_columns: int, num_modalities: int)
 def _gemm(kernel: str, xs: Tensors, weights: Tensors, biases: Tensors, offsets: torch.Tensor) -> torch.Tensor:
     """`kernel`: "forward" multiplies by weight.T, "dgrad" by weight. weights: those of xs[0], then those of xs[1]."""
     num_modalities, transposed = len(weights) // len(xs), kernel == "dgrad"
-    xs, weights = [unit_stride(x) for x in xs], [unit_stride(weight) for weight in weights]
+    xs, weights = same_strides(xs), same_strides(weights)
     x, (num_rows, inner) = xs[0], xs[0].shape
     width = weights[0].shape[1 if transposed else 0]
     config = _config(kernel, x, num_rows, width)
@@ -148,7 +148,8 @@ gemm.register_autograd(_gemm_backward, setup_context=_save_gemm)
 @torch.library.custom_op("fusiontrain::modality_swiglu", mutates_args=())
 def gemm_swiglu(x: torch.Tensor, gates: Tensors, ups: Tensors, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> silu(gate) * up, gate, up, each [T, N]; the last two for the backward."""
-    x, gates, ups = unit_stride(x), [unit_stride(weight) for weight in gates], [unit_stride(weight) for weight in ups]
+    weights = same_strides([*gates, *ups])
+    x, gates, ups = unit_stride(x), weights[: len(gates)], weights[len(gates) :]
     (num_rows, inner), width = x.shape, len(gates[0])
     config = _config("swiglu", x, num_rows, width)
     out, gate, up = (x.new_empty(num_rows, width) for _ in range(3))

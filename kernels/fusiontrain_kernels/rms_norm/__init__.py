@@ -8,7 +8,7 @@ import torch
 
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton, device_offsets, require_triton
-from fusiontrain_kernels._segments import check_bounds
+from fusiontrain_kernels._segments import check_bounds, check_like, check_weights
 from fusiontrain_kernels.rms_norm import reference
 
 Bounds = tuple[int, ...]
@@ -23,7 +23,7 @@ def rms_norm(
     float32 at least, and the normed row is rounded to x's dtype before the weight, as Hugging Face's LlamaRMSNorm does.
     offsets [M + 1] int32 on x's device: the same numbers; with them triton reads no bounds. A modality without rows gets a zero
     gradient, not None. impl: auto (triton on a GPU, else reference), reference, triton.
-    Raises ValueError for an unknown impl, one that cannot run here, and bounds that do not fit.
+    Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and (triton) weights not of x's dtype and width.
     """
     return choose("rms_norm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, None, weights, bounds, eps, offsets)[0]
 
@@ -55,6 +55,9 @@ def _triton(
     require_triton("rms_norm", x)
     from fusiontrain_kernels.rms_norm import triton_ops
 
+    check_weights("rms_norm", "weights", weights, (x.shape[1],), x)
+    if residual is not None:
+        check_like("add_rms_norm", "residual", residual, x.shape, x)
     if offsets is None:
         check_bounds("rms_norm", bounds, len(weights), len(x))
     out, summed, _ = triton_ops.rms_norm(x, residual, list(weights), device_offsets(bounds, offsets, len(weights), x, "rms_norm"), eps)

@@ -34,7 +34,7 @@ def rms_norm(
     out, summed, rstds = _outputs(x, residual)
     with on_device(x):
         triton_kernels.forward[(num_rows,)](
-            x, other, tuple(weights), out, summed, rstds, offsets, dim, x.stride(0), other.stride(0),
+            x, other, tuple(weight.contiguous() for weight in weights), out, summed, rstds, offsets, dim, x.stride(0), other.stride(0),
             M=len(weights), EPS=eps, ADD=residual is not None, ACC=accumulator(x), BLOCK=block, num_warps=num_warps(block),
         )  # fmt: skip
     return out, summed, rstds
@@ -56,13 +56,13 @@ def rms_norm_backward(
 ) -> list[torch.Tensor]:
     """-> gradient of what was normed, then those of the live modalities' weights."""
     grad, x, (num_rows, dim), block = unit_stride(grad), unit_stride(x), x.shape, triton.next_power_of_2(x.shape[1])
-    other = grad if grad_summed is None else unit_stride(grad_summed)
+    other, gains = grad if grad_summed is None else unit_stride(grad_summed), tuple(weight.contiguous() for weight in weights)
     num_tiles = triton.cdiv(num_rows, ROWS) + len(weights) - 1
     x_grad, *weight_grads = _gradients(x, weights, live)
     partials = x.new_empty(num_tiles if any(live) else 0, dim, dtype=_wide(x))
     with on_device(x):
         triton_kernels.backward[(num_tiles,)](
-            grad, other, x, tuple(weights), rstds, x_grad, partials, offsets, dim, grad.stride(0), other.stride(0), x.stride(0),
+            grad, other, x, gains, rstds, x_grad, partials, offsets, dim, grad.stride(0), other.stride(0), x.stride(0),
             M=len(weights), ADD=grad_summed is not None, PARTIALS=any(live), ACC=accumulator(x), BLOCK=block, ROWS=ROWS, num_warps=num_warps(block),
         )  # fmt: skip
         if any(live):

@@ -6,11 +6,13 @@ import torch
 
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton, require_triton
+from fusiontrain_kernels._segments import check_like
 from fusiontrain_kernels.swiglu import reference
 
 
 def _triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     require_triton("swiglu", gate)
+    check_like("swiglu", "up", up, gate.shape, gate)
     from fusiontrain_kernels.swiglu import triton_ops
 
     return triton_ops.swiglu(gate, up)
@@ -22,6 +24,7 @@ _IMPLEMENTATIONS = {"reference": reference.swiglu, "triton": _triton}
 def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """`silu(gate) * up`, elementwise; both [T, F] of one dtype -> [T, F].
 
-    impl: auto (triton on a GPU, else reference), reference, triton. Raises ValueError for another impl, and where triton cannot run.
+    impl: auto (triton on a GPU, else reference), reference, triton. Raises ValueError for another impl, where triton cannot
+    run, and there for an up that is not like gate.
     """
     return choose("swiglu", _IMPLEMENTATIONS, impl, auto=auto_triton(gate, "reference"))(gate, up)

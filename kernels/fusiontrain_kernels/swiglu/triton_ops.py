@@ -11,15 +11,17 @@ from fusiontrain_kernels.swiglu import triton_kernels
 BLOCK = 1024
 
 
+def _grid(x: torch.Tensor) -> tuple[int, int]:
+    return x.shape[0], triton.cdiv(x.shape[1], BLOCK)
+
+
 @torch.library.custom_op("fusiontrain::swiglu", mutates_args=())
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See the package."""
     gate, up = unit_stride(gate), unit_stride(up)
     out = gate.new_empty(gate.shape)
     with on_device(gate):
-        triton_kernels.forward[(triton.cdiv(out.numel(), BLOCK),)](
-            gate, up, out, out.numel(), gate.shape[1], gate.stride(0), up.stride(0), ACC=accumulator(gate), BLOCK=BLOCK
-        )
+        triton_kernels.forward[_grid(gate)](gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), ACC=accumulator(gate), BLOCK=BLOCK)
     return out
 
 
@@ -31,11 +33,11 @@ def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("fusiontrain::swiglu_backward", mutates_args=())
 def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-> gradients of gate and up."""
-    grad, gate, up = grad.contiguous(), unit_stride(gate), unit_stride(up)
+    grad, gate, up = unit_stride(grad), unit_stride(gate), unit_stride(up)
     gate_grad, up_grad = grad.new_empty(grad.shape), grad.new_empty(grad.shape)
     with on_device(grad):
-        triton_kernels.backward[(triton.cdiv(grad.numel(), BLOCK),)](
-            grad, gate, up, gate_grad, up_grad, grad.numel(), gate.shape[1], gate.stride(0), up.stride(0), ACC=accumulator(grad), BLOCK=BLOCK
+        triton_kernels.backward[_grid(grad)](
+            grad, gate, up, gate_grad, up_grad, grad.shape[1], grad.stride(0), gate.stride(0), up.stride(0), ACC=accumulator(grad), BLOCK=BLOCK
         )
     return gate_grad, up_grad
 
