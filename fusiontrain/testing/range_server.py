@@ -23,7 +23,7 @@ class RangeServer:
 
     fault: asked before each answer with the number of the request from 0 on and its path; the name of a fault, or None for none: a status such
     as "503", "short" (half of the bytes, then the end), "reset" (nothing, then the end), "whole" (status 200 and the whole file), "other" (a range
-    one byte further on), "drip" (a byte every 50 ms). latency_seconds: before each answer. etag: sent with each; None for a time of change alone.
+    one byte further on), "drip" (a byte every 20 ms). latency_seconds: before each answer. etag: sent with each; None for a time of change alone.
     """
 
     folder: Path
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             except OSError:  # whom it is for has given up
                 self.close_connection = True
                 return
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -215,6 +215,8 @@ def test_secrets_of_a_command_are_not_shown(shards):
     command = "pipe:curl -sSf -H 'Authorization: Bearer hunter2' http://user:hunter3@127.0.0.1:1/x.tar?sig=hunter4"
     said = refused(shards, command, r"pipe:curl http://127\.0\.0\.1:1/x\.tar \[\w{8}\]: the command ended with status")
     assert "hunter" not in said
+    said = refused(shards, "pipe:echo 'cannot get http://user:hunter5@there/x.tar?sig=hunter6 today' >&2; exit 4", "cannot get http://there/x.tar.* today")
+    assert "hunter" not in said
 
 
 def test_a_cache_too_small_for_one_shard_is_one_sentence(shards):
