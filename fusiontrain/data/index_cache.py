@@ -24,7 +24,7 @@ from fusiontrain.data.index import IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
 from fusiontrain.data.index_folder import index_folders
 from fusiontrain.data.shards import expand_shards
-from fusiontrain.data.storage.shard import Shard, digest, identity
+from fusiontrain.data.storage.shard import Shard, digest, state
 from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.data.tokenizer import Tokenizer, tokenizer_at
 from fusiontrain.utils.errors import UserError
@@ -121,7 +121,7 @@ def _build_one(shard: Shard, kind: str, latents: bool) -> tuple[Shard, ShardInde
 
 
 def _name(shard: Shard, what: str, *depends_on: object) -> str:
-    known = repr((VERSION, *identity(shard), *depends_on))
+    known = repr((VERSION, shard.name, *state(shard), *depends_on))
     return f"{shard.stem}.{digest(known)}.{what}"
 
 

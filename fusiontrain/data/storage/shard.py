@@ -35,6 +35,10 @@ class RemoteShard:
     def stem(self) -> str:
         return Path(self.name).stem
 
+    @property
+    def parent(self) -> str:
+        return str(self).rpartition("/")[0]
+
     def __str__(self) -> str:
         return without_secrets(self.url)
 
@@ -47,8 +51,16 @@ class GzipShard:
     settings: StorageConfig
 
     @property
+    def name(self) -> str:
+        return self.origin.name
+
+    @property
     def stem(self) -> str:
         return self.origin.stem
+
+    @property
+    def parent(self) -> Path | str:
+        return self.origin.parent
 
     def __str__(self) -> str:
         return str(self.origin)
@@ -62,27 +74,34 @@ class PipeShard:
     settings: StorageConfig
 
     @property
-    def stem(self) -> str:
+    def name(self) -> str:
         return "pipe"
+
+    @property
+    def stem(self) -> str:
+        return self.name
+
+    @property
+    def parent(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return shown_source(PIPE + self.command)
 
 
 Shard = Path | RemoteShard | GzipShard | PipeShard
-"""A shard of a source. All can be pickled, hashed and compared; `str` is what errors and logs show."""
+"""A shard of a source. All can be pickled, hashed and compared, and have a name, a stem and a parent: the folder, a Path of local ones and else a
+string. `str` is what errors and logs show."""
 
 
-def identity(shard: Shard) -> tuple[object, ...]:
-    """What differs where the content may: name, size and time of change or tag. Raises OSError where a local file is gone."""
+def state(shard: Shard) -> tuple[int, int | str]:
+    """Size and time of change or tag, of what differs where the content may. Raises OSError where a local file is gone."""
     if isinstance(shard, Path):
         stat = shard.stat()
-        return shard.name, stat.st_size, stat.st_mtime_ns
+        return stat.st_size, stat.st_mtime_ns
     if isinstance(shard, RemoteShard):
-        return shard.name, shard.size, shard.tag
-    if isinstance(shard, GzipShard):
-        return identity(shard.origin)
-    return (shard.command,)
+        return shard.size, shard.tag
+    return state(shard.origin) if isinstance(shard, GzipShard) else (0, digest(shard.command))
 
 
 def common_name(shard: Shard) -> str:

@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 from fusiontrain.data.storage.files import FileStream, LocalFile, RemoteFile, ShardFile, read_exactly
-from fusiontrain.data.storage.shard import GzipShard, PipeShard, digest, identity, scrubbed, user_cache
+from fusiontrain.data.storage.shard import GzipShard, PipeShard, digest, scrubbed, state, user_cache
 from fusiontrain.data.storage.spool import Spool
 from fusiontrain.utils.errors import UserError
 
@@ -36,7 +36,7 @@ class SpooledFile:
         settings = shard.settings
         self.shard = shard
         self._spool = Spool(Path(settings.cache_dir) if settings.cache_dir else user_cache() / "spool", settings.cache_bytes)
-        self._key = digest(repr((str(shard), *identity(shard))))
+        self._key = digest(repr((str(shard), *state(shard))))
         descriptor, self._written = self._open()
         with os.fdopen(descriptor, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
