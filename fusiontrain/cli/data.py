@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     index = actions.add_parser("index", help="index shards (kept beside them) and count what is in them")
     verify = actions.add_parser("verify", help="read every member and compare its CRC32, decode every image; exit 2 on damage")
     for parser in (index, verify):
-        parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar or .jsonl, a folder of them, a glob, or a brace range")
+        parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar or .jsonl, a folder of them, a glob, a brace range, a URL, or pipe:COMMAND")
         add_format_arguments(parser)
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")

@@ -27,7 +27,8 @@ OPTIONAL = {
     "diffusers": "pixels to latents by a VAE; pip install 'fusiontrain[vae]'",
     "simplejpeg": "JPEGs in less time; without it Pillow decodes them, with the same pixels or nearly so",
     "deepspeed": "the ZeRO engine; pip install 'fusiontrain[deepspeed]'",
-    "boto3": "shards on S3; pip install 'fusiontrain[s3]'",
+    "s3fs": "shards on S3; pip install 'fusiontrain[s3]'",
+    "gcsfs": "shards on Google Cloud Storage; pip install 'fusiontrain[gcs]'",
 }
 
 Status = Literal["ok", "warn", "fail"]

@@ -52,7 +52,10 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str = Field(..., description="a tar or .jsonl, a folder of them, a glob, or a brace range such as shard-{000..015}.tar")
+    path: str = Field(
+        ...,
+        description="a .tar, .tar.gz, .tgz or .jsonl, a folder of them, a glob, a brace range such as shard-{000..015}.tar, a URL of these, or pipe:COMMAND",
+    )
     weight: float = Field(1.0, gt=0, description="share relative to the other sources, of documents or tokens as data.mix_by says")
     weight_schedule: tuple[tuple[int, float], ...] = Field(
         (), description="[[document, weight], ...]: the weight from that document of the mixed stream on; `data plan` shows where a step lies"
@@ -92,6 +95,15 @@ class ImageDataConfig(Section):
     )
 
 
+class StorageConfig(Section):
+    retries: int = Field(8, ge=0, description="further tries of a read over a network, at random times up to 30 seconds apart")
+    timeout_seconds: float = Field(60, gt=0, description="a read over a network, or the silence of a `pipe:` command, that lasts longer has failed")
+    cache_dir: str | None = Field(
+        None, description="folder on a local disk for .tar.gz and `pipe:` shards; default: fusiontrain/spool in the user's cache folder"
+    )
+    cache_bytes: int = Field(64 << 30, ge=1, description="size of that folder; what was read longest ago makes room")
+
+
 class DataConfig(Section):
     mode: Literal["planned", "stream"] = Field(
         "planned", description="stream: read un-indexed shards and pipes as webdataset does; not elastic, no exact resume, no `data plan`"
@@ -109,8 +121,11 @@ class DataConfig(Section):
     oversize: Literal["truncate", "drop", "split"] = Field(
         "truncate", description="documents longer than sequence_length; split: into several, at the borders of texts and images"
     )
+    storage: StorageConfig = StorageConfig()
     pack_window_documents: int = Field(1024, ge=1, description="documents that are packed together, best fit decreasing")
-    index_dir: str | None = Field(None, description="folder for the indexes of the shards, as of `data index --out`; default: beside the shards")
+    index_dir: str | None = Field(
+        None, description="folder for the indexes of the shards, as of `data index --out`; default: beside them, or in the user's cache folder"
+    )
     from_step: tuple[tuple[int, int], ...] = Field(
         (), description="[[step, data step], ...]: from that step of the training on, the data of the data step on; to skip a loss spike"
     )

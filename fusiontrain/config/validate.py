@@ -244,5 +244,5 @@ def _found(source: SourceConfig) -> bool:
     if "://" in path or path.startswith("pipe:"):  # not on this disk
         return True
     if Path(path).is_dir():
-        return any(any(Path(path).glob(pattern)) for pattern in ("*.tar", "*.jsonl"))
+        return any(any(Path(path).glob(pattern)) for pattern in ("*.tar", "*.jsonl", "*.tar.gz", "*.tgz", "*.jsonl.gz"))
     return bool(glob.glob(re.sub(r"\{[^{}]*\}", "*", path)))  # a brace range as a wildcard: some of it is there

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,10 +14,13 @@ from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents, image_suffixes, latents_of, split_page
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.jsonl import shard_samples
+from fusiontrain.data.jsonl import samples_of
 from fusiontrain.data.modalities.decoders import decode_pixels
 from fusiontrain.data.modalities.image import image_size, load_array
-from fusiontrain.data.tar import Member, TarSample, read_bytes
+from fusiontrain.data.storage.files import ReadAhead
+from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.storage.shard import Shard
+from fusiontrain.data.tar import Member, TarSample
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.utils.errors import UserError
 
@@ -47,14 +49,14 @@ class Shown:
 class Inspection:
     """A sample of a shard. number: its place in the shard; members: by suffix, in the order of the shard."""
 
-    shard: Path
+    shard: Shard
     number: int
     key: str
     members: dict[str, Member]
     pieces: tuple[Shown, ...]
 
 
-def find_sample(shards: Sequence[Path], wanted: str) -> tuple[Path, int, TarSample]:
+def find_sample(shards: Sequence[Shard], wanted: str) -> tuple[Shard, int, TarSample]:
     """The sample of that number, counted from 0 over all shards, or of that key; what is no plain number is a key, so `007` is one too.
 
     Raises UserError where there is none, and for damage before it.
@@ -62,28 +64,29 @@ def find_sample(shards: Sequence[Path], wanted: str) -> tuple[Path, int, TarSamp
     is_number = wanted.isdecimal() and str(int(wanted)) == wanted
     passed = 0
     for shard in shards:
-        for number, sample in enumerate(shard_samples(shard)):
-            if (passed == int(wanted)) if is_number else (sample.key == wanted):
-                return shard, number, sample
-            passed += 1
+        with closing(ReadAhead(open_shard(shard))) as file:
+            for number, sample in enumerate(samples_of(file, shard)):
+                if (passed == int(wanted)) if is_number else (sample.key == wanted):
+                    return shard, number, sample
+                passed += 1
     raise UserError(f"--sample {wanted}: the shards hold {passed} samples, " + ("counted from 0" if is_number else "none with that key"))
 
 
-def inspect_sample(shard: Path, number: int, sample: TarSample, kind: str = "auto", tokenizer: Tokenizer | None = None) -> Inspection:
+def inspect_sample(shard: Shard, number: int, sample: TarSample, kind: str = "auto", tokenizer: Tokenizer | None = None) -> Inspection:
     """Its pieces in reading order, with pixels where there are any, else latents or codes. An image that does not decode is told as such.
     kind: of its format, as `read_sample` takes it.
 
     Raises UserError for a sample that has no pieces because its layout is wrong, and for a shard that cannot be read.
     """
-    descriptor = os.open(shard, os.O_RDONLY)
+    file = open_shard(shard)
     try:
-        data = {suffix: read_bytes(descriptor, member.offset, member.size) for suffix, member in sample.members.items()}
+        data = {suffix: file.read(member.offset, member.size) for suffix, member in sample.members.items()}
         pieces = read_sample(kind, sample.members, data.__getitem__, _representation(sample)).pieces
     except (OSError, BadSample) as error:
         there = ", ".join(f".{suffix} of {member.size} bytes at offset {member.offset}" for suffix, member in sample.members.items())
         raise UserError(f"{shard}: sample {number} ({sample.key}): {error}; its members are {there}") from error
     finally:
-        os.close(descriptor)
+        file.close()
     shown = []
     for piece in pieces:
         if piece.image is not None:

@@ -51,7 +51,7 @@ def _document(planned: PlannedDocument, plan: Plan, config: Config, tokenizer: T
     }  # fmt: skip
     try:
         members = source.indexes[shard].members(row)
-        read = member_reader(members, shards.descriptor(source.shards[shard]))
+        read = member_reader(members, shards.file(source.shards[shard]))
         sample = read_sample(source_kind(source.config), members, read, REPRESENTATIONS[config.data.image.representation])
         document = build_document(sample, read, planned.places, planned.cut, config.data, tokenizer, ref)
     except BadSample as error:

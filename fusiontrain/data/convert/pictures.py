@@ -7,13 +7,15 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from fusiontrain.data.convert.layouts import Picture
 from fusiontrain.data.formats.pieces import image_suffixes, is_image
 from fusiontrain.data.shards import OpenShards, expand_paths
-from fusiontrain.data.tar import Member, read_bytes, read_samples
+from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.tar import samples_in
 from fusiontrain.utils.errors import UserError
 
 KEY_BYTES = 16
@@ -44,7 +46,7 @@ class PictureTable:
             row = self._table.execute("SELECT file, offset, size FROM pictures WHERE key = ?", (key,)).fetchone()
             if row is not None:
                 file, offset, size = row
-                return read_bytes(self._shards.descriptor(self._files[file]), offset, size)
+                return self._shards.file(self._files[file]).read(offset, size)
         return None
 
     def close(self) -> None:
@@ -105,18 +107,14 @@ def _rows(file: Path) -> Iterator[Row]:
         url = _url(about.read_bytes()) if about.is_file() else None
         yield Row(_key("name", file.name) if url is None else _key("url", url), 0, file.stat().st_size, url is None)
         return
-    with file.open("rb") as opened:
-        for sample in read_samples(file):
+    with closing(open_shard(file)) as opened:
+        for sample in samples_in(opened, file):
             about_member = sample.members.get("json")
-            url = None if about_member is None else _url(_bytes(opened.fileno(), about_member))
+            url = None if about_member is None else _url(opened.read(about_member.offset, about_member.size))
             for suffix in image_suffixes(sample.members):
                 member = sample.members[suffix]
                 key = _key("name", Path(member.name).name) if url is None else _key("url", url)
                 yield Row(key, member.offset, member.size, url is None)
-
-
-def _bytes(descriptor: int, member: Member) -> bytes:
-    return read_bytes(descriptor, member.offset, member.size)
 
 
 def _url(about: bytes) -> str | None:

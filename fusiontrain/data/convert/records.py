@@ -6,12 +6,14 @@ import gzip
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.shards import expand_paths
-from fusiontrain.data.tar import read_bytes, read_samples
+from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.tar import samples_in
 from fusiontrain.utils.errors import UserError
 
 ROWS_AT_ONCE = 256
@@ -81,13 +83,13 @@ def _zip(path: Path) -> Records:
 
 
 def _tar(path: Path) -> Records:
-    with path.open("rb") as file:
-        for sample in read_samples(path):
+    with closing(open_shard(path)) as file:
+        for sample in samples_in(file, path):
             member = sample.members.get("json")
             if member is None:
                 yield BadSample(f"sample {sample.key!r} has no .json member")
             else:
-                yield _parse(read_bytes(file.fileno(), member.offset, member.size))
+                yield _parse(file.read(member.offset, member.size))
 
 
 def _parse(data: bytes) -> dict[str, Any] | BadSample:

@@ -71,7 +71,7 @@ class Builder:
         members = source.indexes[shard].members(row)
         try:
             sample = self._sample(source, shard, row, list(members))  # first: it may close the shard's file
-            read = member_reader(members, self.shards.descriptor(source.shards[shard]))
+            read = member_reader(members, self.shards.file(source.shards[shard]))
             return build_document(sample, read, planned.places, planned.cut, self.data, self.tokenizer, ref)
         except BadSample as error:
             return BadDocument(ref, error, min(member.offset for member in members.values()))
@@ -80,7 +80,7 @@ class Builder:
         """The sample's pieces from the index and the token cache: neither its json nor its text is read again."""
         index, tokens = source.indexes[shard], source.tokens[shard]
         pieces = index.pieces(row)
-        ids = tokens.read(self.shards.descriptor(tokens.path), row).tolist()
+        ids = tokens.read(self.shards.file(tokens.path), row).tolist()
         found, first = [], 0
         for kind, count, member in zip(index.kinds[pieces].tolist(), tokens.counts[pieces].tolist(), index.image_members[pieces].tolist(), strict=True):
             if kind == IMAGE_PIECE:
