@@ -32,9 +32,9 @@ KINDS = {
 }
 
 
-def config_of(recipe: str, tmp_path, **kernels: str) -> Config:
+def config_of(recipe: str, tmp_path, others: dict[str, Any] | None = None, **kernels: str) -> Config:
     """One layer, because the interpreter takes milliseconds for every tile."""
-    settings = {"data.sequence_length": 24, **{f"kernels.{key}": value for key, value in kernels.items()}}
+    settings = {"data.sequence_length": 24, **{f"kernels.{key}": value for key, value in kernels.items()}, **(others or {})}
     if recipe == "lmfusion":
         return lmfusion_config(write_tiny_llama(tmp_path, num_hidden_layers=1), settings)
     return tiny_config({"model.image": {"patcher": "linear"}, "model.num_layers": 1, **settings})
@@ -198,18 +198,21 @@ def test_frozen_text_gives_the_same_bits_with_and_without_images(tmp_path, kerne
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("kernels", "allowed"), [({}, 2), ({"impl": "triton"}, 1)], ids=["auto", "triton"])
-def test_a_compiled_block_takes_any_routing(tmp_path, kernels: dict[str, str], allowed: int):
+@pytest.mark.parametrize(
+    ("kernels", "num_rows", "patches", "allowed"), [({}, 200, (10, 20, 130), 2), ({"impl": "triton"}, 24, (2, 3, 4), 1)], ids=["auto", "triton"]
+)
+def test_a_compiled_block_takes_any_routing(tmp_path, kernels: dict[str, str], num_rows: int, patches: tuple[int, ...], allowed: int):
     """At a fixed number of rows Triton kernels need one compilation for all batches. Chunked attention runs between graphs, and what is around
-    it is compiled once for the first borders of modalities and once for all others."""
-    config = config_of("lmfusion", tmp_path, **kernels)
-    model, plain, graphs = build_model(config), build_model(config_of("lmfusion", tmp_path, impl="reference")), []
+    it is compiled once for the first borders of modalities and once for all others, however many chunks there are."""
+    rows = {"data.sequence_length": num_rows}
+    config = config_of("lmfusion", tmp_path, rows, **kernels)
+    model, plain, graphs = build_model(config), build_model(config_of("lmfusion", tmp_path, rows, impl="reference")), []
 
     def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
         graphs[-1].append(graph)
         return graph.forward
 
-    layouts = [[document(TEXT, ("image", 1, count), seed=count), document(TEXT[: 7 - count])] for count in range(2, 5)]
+    layouts = [[document(TEXT, ("image", 1, count), seed=count), document([256, 1, 2, 3])] for count in patches]
     batches = [batch_of(documents, config) for documents in layouts]
     with torch.no_grad():
         torch.compiler.reset()
