@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import sys
 from collections.abc import Callable
 
@@ -77,12 +78,14 @@ def implementations(layout: str, batch: Batch, options: Options, differentiate: 
 def compare(layout: str, dtype: torch.dtype, options: Options, report: Report) -> None:
     """Forward, backward, and both."""
     num_rows, heads, kv_heads, dim = SIZES[options.size]
+    case = f"attention {layout} {num_rows}x{heads}/{kv_heads}x{dim}"
+    if not re.search(options.only, case):
+        return
     batch = Batch(layout, num_rows, options.device)
     generator = torch.Generator(options.device).manual_seed(1)
     leaves = [torch.randn(num_rows, h, dim, generator=generator, device=options.device).to(dtype) for h in (heads, kv_heads, kv_heads)]
     grad = torch.randn(num_rows, heads, dim, generator=generator, device=options.device).to(dtype)
     products = 2 * dim * heads * float(batch.allowed.sum())
-    case = f"attention {layout} {num_rows}x{heads}/{kv_heads}x{dim}"
     forward = {name: lambda attend=attend: attend(*leaves) for name, attend in implementations(layout, batch, options, False).items()}
     report.compare(case, "forward", dtype, forward, "dense mask", 2 * products)
     for leaf in leaves:

@@ -51,7 +51,8 @@ class Case:
 
     pointers: Triton types of the pointers by argument name ("*bf16"), tuples of them for arguments that are tuples. What is neither there
     nor in `constants` is an i32. Pointers and integers are multiples of 16, as at the shapes of a real model, but for those named in
-    `ragged`: without it loads are not vectorised and another kernel is judged than the one that runs.
+    `ragged`: without it loads are not vectorised and another kernel is judged than the one that runs. small: its tiles are below those that a
+    newer architecture's own tensor-core instruction takes, that of sm_80 will do.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     num_stages: int = 3
     ragged: Sequence[str] = ()
     tensor_cores: bool = True
+    small: bool = False
 
 
 @dataclass
@@ -83,7 +85,7 @@ def measure(case: Case, target: str) -> Resources:
     compiled = _compile(case, target)
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     read = _read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amdgcn(assembly)
-    mma = len(re.findall(TARGETS[target].tensor_core, assembly))
+    mma = len(re.findall(TARGETS["cuda:80" if case.small and "ptx" in compiled.asm else target].tensor_core, assembly))
     result = Resources(case.name, target, *read, compiled.metadata.shared, mma)
     if result.spills or result.stack:
         result.faults.append(f"spills: {result.spills} instructions, {result.stack} bytes of stack")

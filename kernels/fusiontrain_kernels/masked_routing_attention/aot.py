@@ -41,4 +41,5 @@ def case(name: str, head_dim: int, config: configs.Config) -> Case:
     constants = {key: value for key, value in values.items() if key in kernel.arg_names}
     title = f"attention {name} D={head_dim} {config.BM}x{config.BN} w{config.num_warps} s{config.num_stages}"
     pointers = {**dict.fromkeys(_HALVES, "*bf16"), **_POINTERS}
-    return Case(title, kernel, pointers, constants, config.num_warps, config.num_stages, ["num_rows"], tensor_cores=name != "delta")
+    small = name == "dkdv" and config.BN < 64
+    return Case(title, kernel, pointers, constants, config.num_warps, config.num_stages, ["num_rows"], name != "delta", small)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import triton.language as tl
 
@@ -47,7 +46,7 @@ def variants(table: dict[str, Config], dtype: str, even: bool = True, label: str
     yield _case("swiglu" + label, kernels.gemm_swiglu, table["swiglu"], dtype, pointers, {"EVEN": even})
 
 
-def _case(name: str, kernel: object, config: Config, dtype: str, pointers: Mapping[str, Any], options: Mapping[str, Any]) -> Case:
+def _case(name: str, kernel: object, config: Config, dtype: str, pointers: Mapping[str, object], options: Mapping[str, object]) -> Case:
     tile = {"M": M, "ACC": tl.float32, "BM": config.rows, "BN": config.columns, "BK": config.inner, "GROUP": GROUP}
     pointers = {"offsets": "*i32", **pointers}
     return Case(f"gemm {name}", kernel, pointers, {**tile, **options}, config.warps, config.stages, tensor_cores=dtype == "bf16")
