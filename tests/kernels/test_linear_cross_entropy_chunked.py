@@ -24,11 +24,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def case(count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """A third of the rows has no label."""
+    """A third of the rows has no label; some have the first or the last of the vocabulary."""
     generator = torch.Generator().manual_seed(count)
     hidden, weight = (torch.randn(n, DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for n in (count, VOCAB))
     labels = torch.randint(VOCAB, (count,), generator=generator)
     labels[::3] = -100
+    labels[1::5] = torch.tensor([0, VOCAB - 1]).repeat(count)[: len(labels[1::5])]
     return hidden, weight, labels, torch.rand(count, generator=generator)
 
 
@@ -118,3 +119,13 @@ def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(chunked, "_softmax_torch", lambda logits, *rest: (seen.append(tuple(logits.shape)), original(logits, *rest)))
     linear_cross_entropy(*case(21), impl="chunked")
     assert seen == [(8, VOCAB), (8, VOCAB), (5, VOCAB)]
+
+
+def test_the_gradient_of_the_head_is_summed_in_float32() -> None:
+    """400 chunks of equal rows: a bfloat16 sum stops growing at 256 of them."""
+    hidden, weight, _, _ = case(8, torch.bfloat16)
+    rows = hidden.detach()[:1].repeat(3200, 1)
+    labels, loss_weights = torch.full((3200,), 3), torch.ones(3200)
+    (actual,) = torch.autograd.grad(linear_cross_entropy(rows, weight, labels, loss_weights, impl="chunked"), weight)
+    (one,) = torch.autograd.grad(formula(rows[:1], weight, labels[:1], loss_weights[:1], 0.0), weight)
+    torch.testing.assert_close(actual.double(), 3200 * one.double(), rtol=2e-2, atol=1.0)

@@ -14,8 +14,8 @@ from fusiontrain_kernels.modality_gemm import modality_gemm, modality_swiglu, tr
 
 LAYOUTS = [(50,), (1,), (13, 0, 37), (0, 33), (33, 0), (1, 49), (16, 32), (17, 31, 2), (0, 0), (0, 1, 0)]
 """Rows of each modality, one behind the other. A tile has 16."""
-SIZES = [(24, 40), (32, 16), (19, 7)]
-"""Inner and outer width: ragged, multiples of the tile, below it."""
+SIZES = [(24, 40), (32, 16), (7, 19)]
+"""Inner and outer width: ragged, multiples of the tile, inner below it."""
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
