@@ -26,7 +26,7 @@ def expand_shards(path: str) -> list[Path]:
     shards: list[Path] = []
     for name in names:
         if Path(name).is_dir():
-            shards += [found for suffix in SHARD_SUFFIXES for found in Path(name).glob(f"*{suffix}")]
+            shards += [found for found in Path(name).iterdir() if found.name.endswith(SHARD_SUFFIXES)]
         elif Path(name).is_file():  # before the glob: a name may hold brackets of its own
             shards.append(Path(name))
         elif glob.has_magic(name):
