@@ -105,7 +105,7 @@ class PlainReporter(SilentReporter):
     """One line per `train.log_every_steps`, for log files: `step 100/2000 loss 1.2345 text 0.9 image 0.1 ...`."""
 
     def indexing(self, done: int, total: int) -> None:
-        if done == total or done & (done - 1) == 0:
+        if done == total or (done >= 8 and done & (done - 1) == 0):
             note(f"indexed {done} of {total} shards")
 
     def started(self, step: int, steps: int, run_dir: Path) -> None:

@@ -52,7 +52,10 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str = Field(..., description="a tar or .jsonl, a folder of them, a glob, or a brace range such as shard-{000..015}.tar")
+    path: str = Field(
+        ...,
+        description="a .tar, .tar.gz, .tgz or .jsonl, a folder of them, a glob, a brace range such as shard-{000..015}.tar, a URL of these, or pipe:COMMAND",
+    )
     weight: float = Field(1.0, gt=0, description="share relative to the other sources, of documents or tokens as data.mix_by says")
     weight_schedule: tuple[tuple[int, float], ...] = Field(
         (), description="[[document, weight], ...]: the weight from that document of the mixed stream on; `data plan` shows where a step lies"
@@ -82,14 +85,30 @@ class ImageDataConfig(Section):
     min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
     max_tokens: int = Field(1024, ge=1, description="resize: native: patches that a larger picture is scaled down to")
     patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
-    representation: Literal["pixels", "latents"] = Field("pixels", description="latents: .latent.npy members [C, H, W]")
+    representation: Literal["pixels", "latents", "codes"] = Field(
+        "pixels", description="latents: .latent.npy members [C, H, W]; codes: .vq.npy members [h, w], which are tokens behind those of the tokenizer"
+    )
+    codebook_size: int | None = Field(None, ge=1, description="codes: one more than the largest; model.vocab_size holds the tokenizer's tokens and these")
     channels: int = Field(3, ge=1, description="3 for pixels; the latent's channels otherwise")
     image_first_noise_cap: float = Field(
         0.5, ge=0, le=1, description="largest noise level of an image that opens its document (Transfusion T8); 0 = clean, no image loss"
     )
 
 
+class StorageConfig(Section):
+    retries: int = Field(8, ge=0, description="further tries of a read over a network, at random times up to 30 seconds apart")
+    timeout_seconds: float = Field(60, gt=0, description="a read over a network, or the silence of a `pipe:` command, that lasts longer has failed")
+    cache_dir: str | None = Field(
+        None, description="folder on a local disk for .tar.gz and `pipe:` shards; default: fusiontrain/spool in the user's cache folder"
+    )
+    cache_bytes: int = Field(64 << 30, ge=1, description="size of that folder; what was read longest ago makes room")
+
+
 class DataConfig(Section):
+    mode: Literal["planned", "stream"] = Field(
+        "planned", description="stream: read un-indexed shards and pipes as webdataset does; not elastic, no exact resume, no `data plan`"
+    )
+    stream_shuffle_documents: int = Field(1000, ge=1, description="mode stream: documents of each source that a rank shuffles in memory")
     sources: tuple[SourceConfig, ...] = Field(..., min_length=1)
     validation_sources: tuple[SourceConfig, ...] = ()
     modalities: tuple[Literal["text", "image"], ...] = Field(("text", "image"), description="('text',) drops the pictures and keeps their BOI and EOI markers")
@@ -102,14 +121,20 @@ class DataConfig(Section):
     oversize: Literal["truncate", "drop", "split"] = Field(
         "truncate", description="documents longer than sequence_length; split: into several, at the borders of texts and images"
     )
+    storage: StorageConfig = StorageConfig()
     pack_window_documents: int = Field(1024, ge=1, description="documents that are packed together, best fit decreasing")
-    index_dir: str | None = Field(None, description="folder for the indexes of the shards, as of `data index --out`; default: beside the shards")
+    index_dir: str | None = Field(
+        None, description="folder for the indexes of the shards, as of `data index --out`; default: beside them, or in the user's cache folder"
+    )
     from_step: tuple[tuple[int, int], ...] = Field(
         (), description="[[step, data step], ...]: from that step of the training on, the data of the data step on; to skip a loss spike"
     )
     max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="stop when more than this share of documents is unreadable")
-    num_workers: int = Field(1, ge=0, description="threads that build batches ahead; 0 builds them in the training loop")
-    prefetch_batches: int = Field(4, ge=1)
+    executor: Literal["threads", "processes"] = Field("threads", description="what builds batches ahead")
+    num_workers: int = Field(1, ge=0, description="threads or processes per rank that build batches ahead; 0 builds them in the training loop")
+    prefetch_bytes: int = Field(
+        256 * 2**20, ge=1, description="memory per rank for batches that are built ahead; at least three steps are held, whatever their size"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -157,8 +182,10 @@ class KernelsConfig(Section):
         description="for every operator that is null below. auto: the best one for the device, the log says which; reference: the specification, "
         "slow; triton: a GPU. An implementation that is asked for by name and cannot run ends the run",
     )
-    attention: Literal["auto", "reference", "chunked", "sdpa", "triton"] | None = Field(
-        None, description="chunked: query chunks over their key ranges; sdpa: torch's own with a dense mask"
+    attention: Literal["auto", "reference", "chunked", "sdpa", "flex", "flash", "triton"] | None = Field(
+        None,
+        description="chunked: query chunks over their key ranges; sdpa: torch's own with a dense mask; flex: torch's flex_attention; "
+        "flash: flash-attn, for text alone",
     )
     gemm: Literal["auto", "reference", "segments", "grouped_mm", "triton"] | None = Field(
         None, description="segments: one GEMM per modality; grouped_mm: torch's own; triton: one launch, with SwiGLU in it where swiglu is triton too"

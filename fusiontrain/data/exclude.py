@@ -14,14 +14,15 @@ import numpy as np
 from fusiontrain.data.array_file import write_whole
 from fusiontrain.data.index import ShardIndex
 from fusiontrain.data.index_folder import index_folders
+from fusiontrain.data.storage.shard import Shard, common_name, is_local
 from fusiontrain.utils.errors import UserError
 
 NAME = "excluded.json"
 
 
-def read_exclusions(path: Path) -> dict[Path, set[str]]:
+def read_exclusions(path: Path) -> dict[str, set[str]]:
     """Keys by shard of a file of JSON lines with "shard" and "key", such as a run's `bad_samples.jsonl`. Raises UserError."""
-    found: dict[Path, set[str]] = {}
+    found: dict[str, set[str]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -30,22 +31,22 @@ def read_exclusions(path: Path) -> dict[Path, set[str]]:
         if line.strip():
             try:
                 entry = json.loads(line)
-                shard, key = Path(entry["shard"]), str(entry["key"])
+                shard, key = str(entry["shard"]), str(entry["key"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f'{path}: line {number} is not a JSON object with "shard" and "key"') from error
-            found.setdefault(shard.resolve(), set()).add(key)
+            found.setdefault(common_name(Path(shard)) if is_local(shard) else shard, set()).add(key)
     return found
 
 
-def exclude(shards: Sequence[Path], exclusions: dict[Path, set[str]], index_dir: Path | None) -> int:
+def exclude(shards: Sequence[Shard], exclusions: dict[str, set[str]], index_dir: Path | None) -> int:
     """Add keys to what those shards have excluded; the number of samples that are excluded of them now. Raises UserError for other shards."""
-    unknown = exclusions.keys() - {shard.resolve() for shard in shards}
+    unknown = exclusions.keys() - {common_name(shard) for shard in shards}
     if unknown:
         raise UserError(f"{min(unknown)}: samples of it are to be excluded, but it is not among the shards given; name it too")
     total = 0
     for parent in {shard.parent for shard in shards}:
         before = excluded_keys(parent, index_dir)
-        new = {shard.name: exclusions.get(shard.resolve(), set()) for shard in shards if shard.parent == parent}
+        new = {shard.name: exclusions.get(common_name(shard), set()) for shard in shards if shard.parent == parent}
         after = {name: before.get(name, frozenset()) | new.get(name, set()) for name in {*before, *new}}
         if after != before and any(new.values()):
             _write(parent, index_dir, {name: sorted(keys) for name, keys in sorted(after.items()) if keys})
@@ -53,7 +54,7 @@ def exclude(shards: Sequence[Path], exclusions: dict[Path, set[str]], index_dir:
     return total
 
 
-def excluded_keys(shards: Path, index_dir: Path | None) -> dict[str, frozenset[str]]:
+def excluded_keys(shards: Path | str, index_dir: Path | None) -> dict[str, frozenset[str]]:
     """The keys that are excluded of a folder's shards, by name of the shard. Raises UserError when the list is damaged: silence would train
     on what was excluded."""
     for folder in index_folders(shards, index_dir):
@@ -71,7 +72,7 @@ def kept_rows(index: ShardIndex, excluded: frozenset[str]) -> np.ndarray:
     return np.array([row for row in range(len(index)) if index.key(row) not in excluded], np.int32)
 
 
-def _write(shards: Path, index_dir: Path | None, keys: dict[str, list[str]]) -> None:
+def _write(shards: Path | str, index_dir: Path | None, keys: dict[str, list[str]]) -> None:
     problems = []
     for folder in index_folders(shards, index_dir):
         try:

@@ -11,7 +11,6 @@ import hashlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +19,9 @@ from fusiontrain.data.errors import CHECKSUM, READ, BadSample
 from fusiontrain.data.formats.pieces import Fields
 from fusiontrain.data.index_files import ShardFiles
 from fusiontrain.data.index_manifest import IndexRow, TokensRow
-from fusiontrain.data.tar import Member, read_bytes
+from fusiontrain.data.storage.files import ShardFile, Stretch
+from fusiontrain.data.storage.shard import Shard, shown_source
+from fusiontrain.data.tar import Member
 from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.types import SourceRef
 
@@ -96,7 +97,7 @@ class IndexedSource:
 
     config: SourceConfig
     number: int
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     indexes: ShardFiles[ShardIndex, IndexRow]
     tokens: ShardFiles[TokenCache, TokensRow]
     kept: Mapping[int, np.ndarray]
@@ -109,6 +110,11 @@ class IndexedSource:
         """The rows [k] int32 of a shard's index that are not excluded."""
         return self.kept[shard] if shard in self.kept else np.arange(len(self.indexes[shard]), dtype=np.int32)
 
+    @property
+    def name(self) -> str:
+        """Its path in the config, fit to be shown."""
+        return shown_source(self.config.path)
+
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, sample in the shard's index) of the source's sample of that number."""
         shard = bisect.bisect_right(self.starts, sample) - 1
@@ -118,26 +124,28 @@ class IndexedSource:
     def ref(self, sample: int) -> SourceRef:
         shard, row = self.locate(sample)
         index = self.indexes[shard]
-        return SourceRef(self.config.path, str(self.shards[shard]), int(index.numbers[row]), index.key(row))
+        return SourceRef(self.name, str(self.shards[shard]), int(index.numbers[row]), index.key(row))
 
     def bad(self) -> list[tuple[SourceRef, str]]:
         """The samples that indexing found unusable, with the reason."""
         return [
-            (SourceRef(self.config.path, str(self.shards[shard]), number, key), reason)
+            (SourceRef(self.name, str(self.shards[shard]), number, key), reason)
             for shard, unusable in enumerate(self.indexes.rows.columns["unusable"])
             if unusable
             for number, key, reason in self.indexes[shard].bad
         ]
 
 
-def member_reader(members: dict[str, Member], descriptor: int) -> Fields:
+def member_reader(members: dict[str, Member], file: ShardFile) -> Fields:
     """A function from suffix to the bytes of that member of an open shard. Bytes that cannot be read, or are not those that were indexed,
-    are a BadSample."""
+    are a BadSample. Of a shard behind a network all members are fetched at once."""
+    if file.far and members:
+        file = Stretch(file, ((member.offset, member.size) for member in members.values()))
 
     def read(suffix: str) -> bytes:
         member = members[suffix]
         try:
-            data = read_bytes(descriptor, member.offset, member.size)
+            data = file.read(member.offset, member.size)
         except OSError as error:
             raise BadSample(f"its .{suffix} cannot be read ({error})", READ) from error
         if member.crc is not None and zlib.crc32(data) != member.crc:

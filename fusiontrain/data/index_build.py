@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import closing
 
 import numpy as np
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import split_page
+from fusiontrain.data.formats.pieces import Latents, split_page
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex, member_reader
-from fusiontrain.data.jsonl import shard_samples
+from fusiontrain.data.jsonl import samples_of
 from fusiontrain.data.modalities.image import image_size
-from fusiontrain.data.tar import TarSample, read_bytes
+from fusiontrain.data.storage.files import ReadAhead, ShardFile
+from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.storage.shard import Shard
+from fusiontrain.data.tar import TarSample
 from fusiontrain.data.token_cache import ids_dtype
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.utils.errors import UserError
@@ -27,13 +29,13 @@ MOST_SUFFIXES = (1 << 16) - 1
 """What uint16 numbers in `ShardIndex.suffix_ids` can tell apart."""
 
 
-def build_index(shard: Path, kind: str, latents: bool) -> ShardIndex:
+def build_index(shard: Shard, kind: str, latents: Latents) -> ShardIndex:
     """Walk a shard and measure every sample. Raises UserError when the tar itself is damaged; a bad sample only becomes an entry."""
     builder = _Builder(kind, latents)
-    with shard.open("rb") as file:
-        for number, sample in enumerate(shard_samples(shard)):
+    with closing(ReadAhead(open_shard(shard))) as file:
+        for number, sample in enumerate(samples_of(file, shard)):
             try:
-                builder.add(number, sample, file.fileno())
+                builder.add(number, sample, file)
             except BadSample as error:
                 offset = min(member.offset for member in sample.members.values())
                 builder.bad.append((number, sample.key, f"{error} (at offset {offset})"))
@@ -42,18 +44,18 @@ def build_index(shard: Path, kind: str, latents: bool) -> ShardIndex:
     return builder.finish()
 
 
-def build_tokens(shard: Path, index: ShardIndex, kind: str, latents: bool, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def build_tokens(shard: Shard, index: ShardIndex, kind: str, latents: Latents, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """`counts`, `start` and `ids` of a TokenCache. Raises UserError when the shard is no longer the one that was indexed."""
     counts = np.zeros(len(index.kinds), np.int32)
     start = np.zeros(len(index) + 1, np.int64)
     dtype = ids_dtype(tokenizer.vocab_size)
     parts: list[np.ndarray] = []
-    descriptor = os.open(shard, os.O_RDONLY)
+    file = ReadAhead(open_shard(shard))
     try:
         for row in range(len(index)):
             members = index.members(row)
             total, place = 0, int(index.piece_start[row])
-            for piece in read_sample(kind, members, member_reader(members, descriptor), latents).pieces:
+            for piece in read_sample(kind, members, member_reader(members, file), latents).pieces:
                 if piece.text is not None:
                     ids = np.array(tokenizer.encode(piece.text), dtype)
                     counts[place] = len(ids)
@@ -64,14 +66,14 @@ def build_tokens(shard: Path, index: ShardIndex, kind: str, latents: bool, token
     except BadSample as error:
         raise UserError(f"{shard}: sample {index.key(row)}: {error}; the shard has changed since it was indexed, index it anew") from error
     finally:
-        os.close(descriptor)
+        file.close()
     return {"counts": counts, "start": start, "ids": np.concatenate(parts) if parts else np.zeros(0, dtype)}
 
 
 class _Builder:
     """Lists that grow sample by sample and become the arrays of a ShardIndex."""
 
-    def __init__(self, kind: str, latents: bool) -> None:
+    def __init__(self, kind: str, latents: Latents) -> None:
         self.kind, self.latents = kind, latents
         self.samples: list[tuple[int, bytes, bool, int, int]] = []  # number, key, is_pair, pieces, members
         self.pieces: list[tuple[int, int, int, int, int]] = []  # kind, bytes of text, height, width, member
@@ -79,9 +81,9 @@ class _Builder:
         self.suffixes: dict[str, int] = {}
         self.bad: list[tuple[int, str, str]] = []
 
-    def add(self, number: int, sample: TarSample, descriptor: int) -> None:
+    def add(self, number: int, sample: TarSample, file: ShardFile) -> None:
         try:
-            data = {suffix: read_bytes(descriptor, member.offset, member.size) for suffix, member in sample.members.items()}
+            data = {suffix: file.read(member.offset, member.size) for suffix, member in sample.members.items()}
         except OSError as error:
             raise BadSample(f"cannot be read ({error})") from error
         parsed = read_sample(self.kind, sample.members, data.__getitem__, self.latents)

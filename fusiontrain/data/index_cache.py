@@ -21,6 +21,7 @@ import numpy as np
 from fusiontrain.config.schema import Config, DataConfig, SourceConfig, TokenizerConfig
 from fusiontrain.data.array_file import ArrayFile, read_about, write_arrays
 from fusiontrain.data.exclude import excluded_keys, kept_rows
+from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents
 from fusiontrain.data.formats.read import source_kind
 from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
@@ -28,6 +29,7 @@ from fusiontrain.data.index_files import Folders, Known, ShardFiles, by_folder, 
 from fusiontrain.data.index_folder import index_folders
 from fusiontrain.data.index_manifest import IndexRow, Measure, Stat, Table, TokensRow, add_to_manifest
 from fusiontrain.data.shards import expand_shards
+from fusiontrain.data.storage.shard import Shard, state
 from fusiontrain.data.token_cache import TokenCache, counts_digest
 from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_at
 from fusiontrain.utils.errors import UserError
@@ -47,7 +49,7 @@ class Reading:
     """How shards are read and where what was measured of them is kept: the format of their samples, latents or pixels, `data.index_dir`."""
 
     kind: str
-    latents: bool
+    latents: Latents
     index_dir: Path | None = None
 
     @property
@@ -62,14 +64,14 @@ class MeasuredShards(NamedTuple):
     """The indexes and, where a tokenizer was given, the token ids of shards."""
 
     folders: Folders
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     indexes: ShardFiles[ShardIndex, IndexRow]
     tokens: ShardFiles[TokenCache, TokensRow] | None
 
 
 def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: Tokenizer) -> list[IndexedSource]:
     """Open the index of every source; what is missing is built. Raises UserError for damage and for a source without samples."""
-    found = (measure_shards(expand_shards(config.path), reading(config, data), tokenizer) for config in sources)
+    found = (measure_shards(expand_shards(config.path, data.storage), reading(config, data), tokenizer) for config in sources)
     return [_source(config, number, data, shards) for number, (config, shards) in enumerate(zip(sources, found, strict=True))]
 
 
@@ -77,8 +79,9 @@ def prepare_sources(config: Config, progress: Progress) -> None:
     """Build what is missing of the indexes of all sources, with as many processes as there are cores and work for. Raises UserError."""
     path = config.data.tokenizer.path or config.model.base
     tokenizer = load_tokenizer(config)
-    for source in (*config.data.sources, *config.data.validation_sources):
-        shards = expand_shards(source.path)
+    planned = config.data.sources if config.data.mode == "planned" else ()
+    for source in (*planned, *config.data.validation_sources):
+        shards = expand_shards(source.path, config.data.storage)
         workers = min(len(os.sched_getaffinity(0)), 1 + sum(stat_of(shard).size for shard in shards) // BYTES_PER_PROCESS)
         spec = None if path is None else (path, config.data.tokenizer)
         measure_shards(shards, reading(source, config.data), tokenizer, workers, spec, progress)
@@ -86,11 +89,11 @@ def prepare_sources(config: Config, progress: Progress) -> None:
 
 def reading(source: SourceConfig, data: DataConfig) -> Reading:
     """How the shards of a source are read."""
-    return Reading(source_kind(source), data.image.representation == "latents", None if data.index_dir is None else Path(data.index_dir))
+    return Reading(source_kind(source), REPRESENTATIONS[data.image.representation], None if data.index_dir is None else Path(data.index_dir))
 
 
 def measure_shards(
-    shards: Sequence[Path], how: Reading, tokenizer: Tokenizer | None, workers: int = 1, tokenizer_source: tuple[str, TokenizerConfig] | None = None,
+    shards: Sequence[Shard], how: Reading, tokenizer: Tokenizer | None, workers: int = 1, tokenizer_source: tuple[str, TokenizerConfig] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> MeasuredShards:  # fmt: skip
     """Index shards and tokenise their texts, by that many processes, but for those that the manifests know.
@@ -116,22 +119,21 @@ def measure_shards(
     return MeasuredShards(folders, tuple(shards), _files(indexes, parse_index), _files(tokens[0], parse_tokens) if tokens else None)
 
 
-def index_shard(shard: Path, how: Reading) -> ShardIndex:
+def index_shard(shard: Shard, how: Reading) -> ShardIndex:
     """The index of one shard, read from its file or built and kept there. Raises UserError when the tar is damaged."""
     folder, row = _index_one(shard, stat_of(shard), how)
     return ShardFiles([folder], Table.of(type(row), [row]), parse_index)[0]
 
 
-def tokens_of_shard(shard: Path, index: ShardIndex, how: Reading, tokenizer: Tokenizer) -> TokenCache:
+def tokens_of_shard(shard: Shard, index: ShardIndex, how: Reading, tokenizer: Tokenizer) -> TokenCache:
     """The token ids of an indexed shard, from their file or tokenised and kept there. Raises UserError where they cannot be kept."""
     folder, row = _tokenize_one(shard, stat_of(shard), index, how, tokenizer)
     return ShardFiles([folder], Table.of(type(row), [row]), parse_tokens)[0]
 
 
-def stat_of(shard: Path) -> Stat:
-    """The shard's size and time as they are now."""
-    stat = shard.stat()
-    return Stat(stat.st_size, stat.st_mtime_ns)
+def stat_of(shard: Shard) -> Stat:
+    """The shard's size and time, or tag, as they are now."""
+    return Stat(*state(shard))
 
 
 def parse_index(file: ArrayFile, path: Path) -> ShardIndex:
@@ -159,7 +161,7 @@ def _source(config: SourceConfig, number: int, data: DataConfig, found: Measured
     if not len(source):
         bad = source.bad()
         why = f"; the first of {len(bad)} unusable samples is {bad[0][0]}: {bad[0][1]}" if bad else ""
-        raise UserError(f"{config.path}: {len(shards)} shards without a usable sample{why}")
+        raise UserError(f"{source.name}: {len(shards)} shards without a usable sample{why}")
     return source
 
 
@@ -167,18 +169,19 @@ def _files(known: Known, parse: Callable) -> ShardFiles:
     return ShardFiles([folder for folder in known.folders if folder is not None], known.rows, parse)
 
 
-def _stats(shards: Sequence[Path]) -> tuple[list[int], list[int]]:
-    """Sizes and times."""
-    sizes, times = [], []
+def _stats(shards: Sequence[Shard]) -> tuple[list[int], list[int | str]]:
+    """Sizes, and times or tags."""
+    sizes: list[int] = []
+    times: list[int | str] = []
     for shard in shards:
-        stat = shard.stat()
-        sizes.append(stat.st_size)
-        times.append(stat.st_mtime_ns)
+        size, time = state(shard)
+        sizes.append(size)
+        times.append(time)
     return sizes, times
 
 
 def _measure(
-    shards: Sequence[Path], how: Reading, tokenizer: Tokenizer | None, tokenizer_source: tuple[str, TokenizerConfig] | None, workers: int
+    shards: Sequence[Shard], how: Reading, tokenizer: Tokenizer | None, tokenizer_source: tuple[str, TokenizerConfig] | None, workers: int
 ) -> Iterator[list[tuple[Path, Any]]]:
     """(folder, row) of the index of each shard and, with a tokenizer, of its tokens, in order; by processes where there are several of both."""
     if min(workers, len(shards)) <= 1 or (tokenizer is not None and tokenizer_source is None):
@@ -201,11 +204,11 @@ def _start_worker(tokenizer_source: tuple[str, TokenizerConfig] | None) -> None:
     _tokenizer = None if tokenizer_source is None else tokenizer_at(*tokenizer_source)
 
 
-def _measure_in_worker(shard: Path, how: Reading) -> list[tuple[Path, Any]]:
+def _measure_in_worker(shard: Shard, how: Reading) -> list[tuple[Path, Any]]:
     return _measure_one(shard, how, _tokenizer)
 
 
-def _measure_one(shard: Path, how: Reading, tokenizer: Tokenizer | None) -> list[tuple[Path, Any]]:
+def _measure_one(shard: Shard, how: Reading, tokenizer: Tokenizer | None) -> list[tuple[Path, Any]]:
     stat = stat_of(shard)
     index = _index_one(shard, stat, how)
     if tokenizer is None:
@@ -213,7 +216,7 @@ def _measure_one(shard: Path, how: Reading, tokenizer: Tokenizer | None) -> list
     return [index, _tokenize_one(shard, stat, ShardFiles([index[0]], Table.of(IndexRow, [index[1]]), parse_index)[0], how, tokenizer)]
 
 
-def _index_one(shard: Path, stat: Stat, how: Reading) -> tuple[Path, IndexRow]:
+def _index_one(shard: Shard, stat: Stat, how: Reading) -> tuple[Path, IndexRow]:
     kept = _kept(shard, stat, how, how.index)
     if kept is not None:
         return kept
@@ -224,7 +227,7 @@ def _index_one(shard: Path, stat: Stat, how: Reading) -> tuple[Path, IndexRow]:
     return _keep(shard, how, row, arrays, {name: getattr(index, name) for name in TABLES})
 
 
-def _tokenize_one(shard: Path, stat: Stat, index: ShardIndex, how: Reading, tokenizer: Tokenizer) -> tuple[Path, TokensRow]:
+def _tokenize_one(shard: Shard, stat: Stat, index: ShardIndex, how: Reading, tokenizer: Tokenizer) -> tuple[Path, TokensRow]:
     measure = how.tokens(tokenizer)
     kept = _kept(shard, stat, how, measure)
     if kept is not None:
@@ -234,7 +237,7 @@ def _tokenize_one(shard: Path, stat: Stat, index: ShardIndex, how: Reading, toke
     return _keep(shard, how, row, arrays, {})
 
 
-def _kept(shard: Path, stat: Stat, how: Reading, measure: Measure) -> tuple[Path, Any] | None:
+def _kept(shard: Shard, stat: Stat, how: Reading, measure: Measure) -> tuple[Path, Any] | None:
     """A file that no manifest knows, for the process that wrote it was interrupted, or another wrote the manifest at the same time."""
     for folder in index_folders(shard.parent, how.index_dir):
         about = read_about(folder / measure.file(shard, stat))
@@ -243,7 +246,7 @@ def _kept(shard: Path, stat: Stat, how: Reading, measure: Measure) -> tuple[Path
     return None
 
 
-def _keep(shard: Path, how: Reading, row: Any, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> tuple[Path, Any]:
+def _keep(shard: Shard, how: Reading, row: Any, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> tuple[Path, Any]:
     """(folder, row) of the file written. Raises UserError where no folder takes it."""
     problems = []
     for folder in index_folders(shard.parent, how.index_dir):

@@ -12,12 +12,13 @@ from typing import Generic, TypeVar
 from fusiontrain.data.array_file import ArrayFile, map_arrays
 from fusiontrain.data.index_folder import index_folders
 from fusiontrain.data.index_manifest import IndexRow, Measure, Table, TokensRow, read_manifest
+from fusiontrain.data.storage.shard import Shard
 from fusiontrain.utils.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R", IndexRow, TokensRow)
 
-Folders = Mapping[Path, tuple[Sequence[int], Sequence[str]]]
+Folders = Mapping[Path | str, tuple[Sequence[int], Sequence[str]]]
 """Numbers and names of the shards of each folder."""
 
 MOST_OPEN = 256
@@ -67,7 +68,7 @@ class Known(Generic[R]):
             self.rows.columns[field][number] = value
 
 
-def look_up(folders: Folders, stats: Sequence[list[int]], measures: Sequence[Measure], index_dir: Path | None) -> list[Known]:
+def look_up(folders: Folders, stats: Sequence[list], measures: Sequence[Measure], index_dir: Path | None) -> list[Known]:
     """What is known for each measure. stats: sizes [n] and times [n] of the shards as they are now."""
     n = len(stats[0])
     columns = ({field: [None] * n for field in measure.row._fields} for measure in measures)
@@ -82,11 +83,11 @@ def look_up(folders: Folders, stats: Sequence[list[int]], measures: Sequence[Mea
 
 
 def _take(
-    known: Known, folder: Path, columns: dict[str, list], files: set[str], numbers: Sequence[int], names: Sequence[str], stats: Sequence[list[int]]
+    known: Known, folder: Path, columns: dict[str, list], files: set[str], numbers: Sequence[int], names: Sequence[str], stats: Sequence[list]
 ) -> None:
     """Put in what a folder's manifest says of those shards that are as it says, and whose files are there."""
     places = {name: place for place, name in enumerate(columns["name"])}
-    (sizes, times), (then, at), there = stats, (columns["size"], columns["mtime_ns"]), columns["file"]
+    (sizes, times), (then, at), there = stats, (columns["size"], columns["changed"]), columns["file"]
     fit, rows = [], []
     for number, name in zip(numbers, names, strict=True):
         place = places.get(name)
@@ -103,11 +104,11 @@ def _take(
                 column[number] = source[place]
 
 
-def by_folder(shards: Sequence[Path]) -> Folders:
-    """Numbers and names of the shards of each folder. By strings: the hash of a Path costs more than all the rest."""
+def by_folder(shards: Sequence[Shard]) -> Folders:
+    """Numbers and names of the shards of each folder. Of local files by strings: the hash of a Path costs more than all the rest."""
     folders: dict[str, tuple[list[int], list[str]]] = {}
     for number, shard in enumerate(shards):
-        folder, _, name = os.fspath(shard).rpartition("/")
+        folder, name = os.fspath(shard).rpartition("/")[::2] if isinstance(shard, Path) else (str(shard.parent), shard.name)
         numbers, names = folders.setdefault(folder, ([], []))
         numbers.append(number)
         names.append(name)

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from fusiontrain.data.array_file import write_whole
+from fusiontrain.data.storage.shard import Shard
 
-VERSION = 5
+VERSION = 8
 
 
 class Stat(NamedTuple):
-    """By what a shard that was changed is told from the one that was measured: its size in bytes and its time in nanoseconds."""
+    """By what a shard that was changed is told from the one that was measured: its size in bytes, and the time of its
+    change in nanoseconds or the tag that its store gives it."""
 
     size: int
-    mtime_ns: int
+    changed: int | str
 
 
 class IndexRow(NamedTuple):
@@ -30,7 +32,7 @@ class IndexRow(NamedTuple):
 
     name: str
     size: int
-    mtime_ns: int
+    changed: int | str
     file: str
     digest: str
     documents: int
@@ -44,7 +46,7 @@ class TokensRow(NamedTuple):
 
     name: str
     size: int
-    mtime_ns: int
+    changed: int | str
     file: str
     digest: str
     tokens: int
@@ -66,7 +68,7 @@ class Measure(Generic[R]):
         """The name of the manifest's file."""
         return f"manifest.{_hash(*self.depends_on)}.{self.what}.json"
 
-    def file(self, shard: Path, stat: Stat) -> str:
+    def file(self, shard: Shard, stat: Stat) -> str:
         """The name of the file for a shard. It holds a hash of what the content depends on, so a file that is there is right."""
         return f"{shard.stem}.{_hash(shard.name, *stat, *self.depends_on)}.{self.what}"
 

@@ -48,7 +48,7 @@ def _by_source(plan: Plan, config: Config, steps: int, documents: Counter[str], 
     end = place * config.train.steps // steps
     rows: dict[str, Any] = {"documents of the mixed stream": place}
     for number, source in enumerate(plan.sources):
-        path = source.config.path
+        path = source.name
         counts = ", ".join(f"{tokens[f'{name} {number}']:,} {name}" for name in (TEXT.name, IMAGE.name))
         epochs = plan.mixture.given(number, end) / len(source)
         rows[f"source {number} ({path})"] = f"{documents[str(number)]:,} documents, {counts} tokens; {epochs:.2f} epochs by step {config.train.steps:,}"

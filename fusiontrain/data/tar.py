@@ -6,12 +6,13 @@ without a word. Here each of these is an error that names the shard and the offs
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
+from fusiontrain.data.storage.files import ReadAhead, ShardFile
+from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.storage.shard import Shard
 from fusiontrain.utils.errors import UserError
 
 BLOCK = 512
@@ -39,44 +40,53 @@ class TarSample:
     members: dict[str, Member]
 
 
-def read_members(path: Path) -> Iterator[Member]:
+def read_members(path: Shard) -> Iterator[Member]:
     """Every regular file of a tar (ustar, pax and GNU long names), in order. Raises UserError at the first damage."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        position, long_name = 0, None
-        while True:
-            header = file.read(BLOCK)
-            if len(header) < BLOCK:
-                raise _damage(path, position, "the file ends without the two empty blocks that end a tar")
-            if not header.strip(b"\0"):
-                _check_end(path, file, position)
-                return
-            length = _check_header(path, header, position)
-            kind, start = header[156:157], position + BLOCK
-            following = start + -(-length // BLOCK) * BLOCK
-            if following > size:
-                raise _damage(path, position, f"a member of {length} bytes goes beyond the end of the file")
-            if kind == LONG_NAME:
-                long_name = _text(file.read(length).rstrip(b"\0"))
-            elif kind == PAX:
-                long_name = _pax_path(path, file.read(length), position) or long_name
-            elif kind in REGULAR:
-                yield Member(long_name or _name(header), start, length)
-                long_name = None
-            elif kind in NOT_FILES:
-                long_name = None
-            elif kind not in COMMENTS:
-                raise _damage(path, position, f"members of type {kind!r} are not supported")
-            position = following
-            file.seek(position)
+    with closing(ReadAhead(open_shard(path))) as file:
+        yield from members_in(file, path)
 
 
-def read_samples(path: Path) -> Iterator[TarSample]:
+def read_samples(path: Shard) -> Iterator[TarSample]:
     """The samples of a webdataset shard. Raises UserError where the members of a sample are not neighbours or a name comes twice."""
+    with closing(ReadAhead(open_shard(path))) as file:
+        yield from samples_in(file, path)
+
+
+def members_in(file: ShardFile, path: Shard) -> Iterator[Member]:
+    """As `read_members`, of a file that is open already."""
+    position, long_name = 0, None
+    while True:
+        if position + BLOCK > file.size:
+            raise _damage(path, position, "the file ends without the two empty blocks that end a tar")
+        header = file.read(position, BLOCK)
+        if not header.strip(b"\0"):
+            _check_end(path, file, position)
+            return
+        length = _check_header(path, header, position)
+        kind, start = header[156:157], position + BLOCK
+        following = start + -(-length // BLOCK) * BLOCK
+        if following > file.size:
+            raise _damage(path, position, f"a member of {length} bytes goes beyond the end of the file")
+        if kind == LONG_NAME:
+            long_name = _text(file.read(start, length).rstrip(b"\0"))
+        elif kind == PAX:
+            long_name = _pax_path(path, file.read(start, length), position) or long_name
+        elif kind in REGULAR:
+            yield Member(long_name or _name(header), start, length)
+            long_name = None
+        elif kind in NOT_FILES:
+            long_name = None
+        elif kind not in COMMENTS:
+            raise _damage(path, position, f"members of type {kind!r} are not supported")
+        position = following
+
+
+def samples_in(file: ShardFile, path: Shard) -> Iterator[TarSample]:
+    """As `read_samples`, of a file that is open already."""
     seen: set[str] = set()
     key: str | None = None
     members: dict[str, Member] = {}
-    for member in read_members(path):
+    for member in members_in(file, path):
         folder, _, base = member.name.removeprefix("./").rpartition("/")
         stem, dot, suffix = base.partition(".")
         if not dot or base.startswith("."):
@@ -96,15 +106,7 @@ def read_samples(path: Path) -> Iterator[TarSample]:
         yield TarSample(key, members)
 
 
-def read_bytes(descriptor: int, offset: int, size: int) -> bytes:
-    """`size` bytes at `offset` of an open file, without moving its position. Raises OSError when the file is shorter."""
-    data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise OSError(f"{len(data)} bytes instead of {size} at offset {offset}")
-    return data
-
-
-def _check_header(path: Path, header: bytes, position: int) -> int:
+def _check_header(path: Shard, header: bytes, position: int) -> int:
     """The member's size, after the header's checksum was found right."""
     blanked = header[: CHECKSUM.start] + b" " * 8 + header[CHECKSUM.stop :]
     try:
@@ -118,15 +120,15 @@ def _check_header(path: Path, header: bytes, position: int) -> int:
     return length
 
 
-def _check_end(path: Path, file: BinaryIO, position: int) -> None:
+def _check_end(path: Shard, file: ShardFile, position: int) -> None:
     """What follows the first empty block: at least one more, and nothing else."""
-    rest = file.read(BLOCK)
-    if len(rest) < BLOCK:
+    if position + 2 * BLOCK > file.size:
         raise _damage(path, position, "the file ends after one empty block, a tar ends with two")
-    while rest:
-        if rest.strip(b"\0"):
+    place, step = position + BLOCK, 1 << 20  # not all at once: behind a zeroed block lies the rest of a large shard
+    while place < file.size:
+        if file.read(place, min(step, file.size - place)).strip(b"\0"):
             raise _damage(path, position, "an empty block lies in the middle of the file")
-        rest = file.read(1 << 20)  # not all at once: behind a zeroed block lies the rest of a large shard
+        place += step
 
 
 def _name(header: bytes) -> str:
@@ -140,7 +142,7 @@ def _text(name: bytes) -> str:
     return name.decode(errors="backslashreplace")
 
 
-def _pax_path(path: Path, records: bytes, position: int) -> str | None:
+def _pax_path(path: Shard, records: bytes, position: int) -> str | None:
     """The `path` of a pax header: records of `<length> <key>=<value>\\n`, of which the header's checksum knows nothing."""
     found = None
     while records:
@@ -155,5 +157,5 @@ def _pax_path(path: Path, records: bytes, position: int) -> str | None:
     return found
 
 
-def _damage(path: Path, position: int, what: str) -> UserError:
+def _damage(path: Shard, position: int, what: str) -> UserError:
     return UserError(f"{path}: damaged at offset {position}: {what}; fetch or write the shard anew")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.tar import read_bytes
+from fusiontrain.data.storage.files import ShardFile
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class TokenCache:
     counts: np.ndarray
     start: np.ndarray
 
-    def read(self, descriptor: int, sample: int) -> np.ndarray:
+    def read(self, file: ShardFile, sample: int) -> np.ndarray:
         """The ids of all texts of a sample in a row, from the open file. Raises BadSample where they cannot be read."""
         first, last = int(self.start[sample]), int(self.start[sample + 1])
         width = self.dtype.itemsize
         try:
-            return np.frombuffer(read_bytes(descriptor, self.offset + first * width, (last - first) * width), self.dtype)
+            return np.frombuffer(file.read(self.offset + first * width, (last - first) * width), self.dtype)
         except OSError as error:
             raise BadSample(f"its token ids cannot be read from {self.path} ({error})") from error
 

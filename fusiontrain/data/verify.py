@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from pathlib import Path
+from contextlib import closing
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, is_image
+from fusiontrain.data.formats.pieces import is_image, latents_of
 from fusiontrain.data.index import ShardIndex
 from fusiontrain.data.modalities.image import decode_image
-from fusiontrain.data.tar import Member, read_bytes
+from fusiontrain.data.storage.files import ReadAhead, ShardFile
+from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.storage.shard import Shard
+from fusiontrain.data.tar import Member
 
 POLICY = ImageDataConfig(size=32, patch_size=32)
 
 
-def verify_shard(shard: Path, index: ShardIndex) -> list[str]:
+def verify_shard(shard: Shard, index: ShardIndex) -> list[str]:
     """One sentence for every problem: unusable samples, members whose CRC32 is another, images that do not decode."""
     problems = [f"{shard}: sample {number} ({key}): {reason}" for number, key, reason in index.bad]
-    descriptor = os.open(shard, os.O_RDONLY)
-    try:
+    with closing(ReadAhead(open_shard(shard))) as file:
         for row in range(len(index)):
             for member in index.members(row).values():
-                problem = _problem(descriptor, member)
+                problem = _problem(file, member)
                 if problem is not None:
                     name = f"sample {index.numbers[row]} ({index.key(row)}), member .{member.name} at offset {member.offset}"
                     problems.append(f"{shard}: {name}: {problem}")
-    finally:
-        os.close(descriptor)
     return problems
 
 
-def _problem(descriptor: int, member: Member) -> str | None:
+def _problem(file: ShardFile, member: Member) -> str | None:
     try:
-        data = read_bytes(descriptor, member.offset, member.size)
+        data = file.read(member.offset, member.size)
     except OSError as error:
         return f"cannot be read ({error})"
     if zlib.crc32(data) != member.crc:
         return f"its bytes have CRC32 {zlib.crc32(data):08x}, the index says {member.crc:08x}: fetch or write the shard anew"
-    if is_image(member.name) and not member.name.endswith(LATENT_SUFFIX):
+    if is_image(member.name) and not latents_of(member.name):
         try:
             decode_image(member.name, data, POLICY)
         except BadSample as error:

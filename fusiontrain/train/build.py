@@ -13,6 +13,7 @@ from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import file_problems
 from fusiontrain.data.index_cache import prepare_sources
 from fusiontrain.data.loader import Loader
+from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
@@ -60,12 +61,18 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     set_threads(config.train.threads, ranks)
     tokenizer = load_tokenizer(config)
     index_first(config, ranks, reporter)
-    loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
+    loader: Loader | StreamLoader
+    if config.data.mode == "stream":
+        loader = StreamLoader(config, tokenizer, ranks.rank, ranks.world_size)
+    else:
+        loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
     require_same_data_on_ranks(gather_objects(loader.fields))
     validation_loader = None
     if config.data.validation_sources:
-        validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size)
+        validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size, loader.workers if isinstance(loader, Loader) else None)
     model = build_model(config, ranks.device)
+    if ranks.is_main:
+        logger.info("%s", model.kernels.origin)
     embeddings = embedding_names(model)
     parameters = parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device)
     optimizer = build_optimizer(parameters, embeddings, config.optimizer)

@@ -68,8 +68,8 @@ def test_a_start_opens_the_manifests_and_nothing_else(tmp_path):
     before, _ = open_source(source)
     OPENED.clear()
     again, _ = open_source(source)
-    manifests = sorted(name for name in OPENED if str(tmp_path) in name)
-    assert [os.path.basename(name).rsplit(".", 2)[1] for name in manifests] == ["index", "tokens"]
+    manifests = [name for name in OPENED if str(tmp_path) in name]
+    assert sorted(os.path.basename(name).rsplit(".", 2)[1] for name in manifests) == ["index", "tokens"]
     assert len(again) == 60
     OPENED.clear()
     again.ref(2 * 17)

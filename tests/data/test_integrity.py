@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zlib
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fusiontrain.data.errors import BadSample
 from fusiontrain.data.index import member_reader
 from fusiontrain.data.index_build import build_index
 from fusiontrain.data.index_cache import Reading, index_shard
+from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.tar import BLOCK, read_members
 from fusiontrain.testing.shards import mixed_samples, write_shard
 from fusiontrain.utils.errors import UserError
@@ -63,8 +65,8 @@ def test_a_flipped_bit_in_a_member_is_a_bad_sample(tmp_path):
     data = bytearray(path.read_bytes())
     data[members["1.png"].offset + members["1.png"].size - 20] ^= 1
     path.write_bytes(data)
-    with path.open("rb") as file:
-        read = member_reader(members, file.fileno())
+    with closing(open_shard(path)) as file:
+        read = member_reader(members, file)
         assert read("json") == mixed_samples(1)[0]["json"]
         with pytest.raises(BadSample, match=rf"its \.1\.png at offset {members['1.png'].offset} does not match"):
             read("1.png")
@@ -135,8 +137,8 @@ def test_offsets_beyond_four_gib(tmp_path):
         file.write(info.tobuf() + body.ljust(BLOCK, b"\0") + bytes(2 * BLOCK))
     _, far = read_members(path)
     assert (far.offset, far.size) == (hole + 2 * BLOCK, len(body))
-    with path.open("rb") as file:
-        assert member_reader({"txt": far}, file.fileno())("txt") == body
+    with closing(open_shard(path)) as file:
+        assert member_reader({"txt": far}, file)("txt") == body
     assert build_index(write_shard(tmp_path / "y.tar", mixed_samples(1)), "auto", False).offsets.dtype == np.int64
 
 

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tarfile
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.plan import Anchor
+from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.tar import read_members
 from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -118,8 +120,8 @@ def test_token_ids_beyond_the_four_billionth(tmp_path):
         file.write(ids.tobytes())
     start = np.array([0, first, first + 3], np.int64)
     cache = TokenCache(tmp_path / "x.tokens", 64, np.dtype(np.uint16), np.array([0, 3], np.int32), start)
-    with cache.path.open("rb") as file:
-        assert cache.read(file.fileno(), 1).tolist() == ids.tolist()
+    with closing(open_shard(cache.path)) as file:
+        assert cache.read(file, 1).tolist() == ids.tolist()
 
 
 def test_a_megabyte_of_text_and_two_hundred_images_lose_nothing(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 import zlib
 
@@ -46,22 +45,25 @@ def test_a_path_may_be_a_tar_a_folder_a_glob_or_a_brace_range(tmp_path):
 @pytest.mark.parametrize("path", ["nothing", "nothing-*.tar", "shard-{000..002}.tar"])
 def test_a_path_without_shards_is_refused(tmp_path, path):
     write_shards(tmp_path, shards=1)
-    with pytest.raises(UserError, match=r"no such shard|no \.tar file"):
+    with pytest.raises(UserError, match=r"no such shard|no file there that ends in \.tar"):
         expand_shards(f"{tmp_path}/{path}")
 
 
 def test_the_shard_read_longest_ago_is_closed_first(tmp_path):
     paths = [write_shard(tmp_path / f"{n}.tar", mixed_samples(1)) for n in range(3)]
     shards = OpenShards(limit=2)
-    first = shards.descriptor(paths[0])
-    shards.descriptor(paths[1])
-    assert shards.descriptor(paths[0]) == first
-    shards.descriptor(paths[2])
-    assert shards.descriptor(paths[0]) == first
+    first = shards.file(paths[0])
+    second = shards.file(paths[1])
+    assert shards.file(paths[0]) is first
+    shards.file(paths[2])
+    assert shards.file(paths[0]) is first
     assert [list(mine) for mine in shards._open.values()] == [[paths[2], paths[0]]]
+    assert first.read(0, 8) == paths[0].read_bytes()[:8]
+    with pytest.raises(OSError):
+        second.read(0, 8)
     shards.close()
     with pytest.raises(OSError):
-        os.fstat(first)
+        first.read(0, 8)
 
 
 # ---------------------------------------------------------------- damage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import numpy as np
@@ -13,6 +12,7 @@ from fusiontrain.config.schema import TokenizerConfig
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import TEXT_PIECE, member_reader
 from fusiontrain.data.index_cache import Reading, index_shard, tokens_of_shard
+from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.token_cache import ids_dtype
 from fusiontrain.data.tokenizer import byte_tokenizer, tokenizer_at
 from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard
@@ -55,15 +55,15 @@ def test_cached_ids_are_those_of_the_live_tokenizer(tmp_path, bpe, name):
     for _ in range(2):  # built, then read
         cache = tokens_of_shard(shard, index, AUTO, tokenizer)
         assert cache.dtype == np.uint16
-        file, tokens = os.open(shard, os.O_RDONLY), os.open(cache.path, os.O_RDONLY)
+        file, tokens = open_shard(shard), open_shard(cache.path)
         for row in range(len(index)):
             members = index.members(row)
             live = [tokenizer.encode(p.text) for p in read_sample("auto", members, member_reader(members, file), False).pieces if p.text is not None]
             pieces = index.pieces(row)
             assert cache.counts[pieces][index.kinds[pieces] == TEXT_PIECE].tolist() == list(map(len, live))
             assert cache.read(tokens, row).tolist() == [token for ids in live for token in ids]
-        os.close(file)
-        os.close(tokens)
+        file.close()
+        tokens.close()
     markers = {tokenizer.begin_text_id, tokenizer.end_text_id, tokenizer.begin_image_id, tokenizer.end_image_id}
     everything = np.fromfile(cache.path, cache.dtype, offset=cache.offset, count=int(cache.start[-1]))
     assert not markers & set(everything.tolist())

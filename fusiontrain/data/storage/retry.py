@@ -1,0 +1,49 @@
+"""Trying again: how often, how long between, and the sentence at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+
+from fusiontrain.config.schema import StorageConfig
+from fusiontrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 30.0
+
+
+class TransientError(Exception):
+    """A failure that may be over in a moment."""
+
+
+class FinalError(Exception):
+    """A failure that no further try will mend."""
+
+
+def retried(call: Callable[[], T], where: str, settings: StorageConfig) -> T:
+    """The result of `call`, after up to `data.storage.retries` further tries at random times, twice as far apart each time.
+
+    where: shard and offset, for the sentence. Raises UserError with the last cause.
+    """
+
+    def warn(state: tenacity.RetryCallState) -> None:
+        logger.warning("%s: %s; trying again (%d of %d)", where, state.outcome and state.outcome.exception(), state.attempt_number, settings.retries)
+
+    tries = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(settings.retries + 1),
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS),
+        retry=tenacity.retry_if_exception_type(TransientError),
+        before_sleep=warn,
+        reraise=True,
+    )
+    try:
+        return tries(call)
+    except TransientError as error:
+        raise UserError(f"{where}: {error}; given up after {settings.retries + 1} tries (data.storage.retries)") from error
+    except FinalError as error:
+        raise UserError(f"{where}: {error}") from error
