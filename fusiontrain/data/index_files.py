@@ -97,8 +97,11 @@ def _take(
             known.folders[number] = folder
     for field, column in known.rows.columns.items():
         source = columns[field]
-        for number, place in zip(fit, rows, strict=True):
-            column[number] = source[place]
+        if len(fit) == len(column):  # the rule: all shards lie in one folder and are as they were
+            known.rows.columns[field] = [source[place] for place in rows]
+        else:
+            for number, place in zip(fit, rows, strict=True):
+                column[number] = source[place]
 
 
 def by_folder(shards: Sequence[Shard]) -> Folders:
