@@ -29,7 +29,7 @@ lint: $(STAMP)
 
 # Compile every kernel config for GPUs that need not be here, and refuse spills.
 aot: $(STAMP)
-	$(BIN)/python kernels/aot/segment_ops.py
+	PYTHONPATH=kernels $(BIN)/python -m fusiontrain_kernels._aot
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -45,10 +45,12 @@ setup(
         "gpu": ["flash-attn"],
         "deepspeed": ["deepspeed"],
         "gcs": ["gcsfs"],
+        "parquet": ["pyarrow"],
         "s3": ["s3fs"],
         "vae": ["diffusers"],
+        "bench": ["megatron-energon"],
         "dev": [
-            "diffusers", "flask", "flask-cors", "hypothesis", "import-linter", "moto[s3]", "mypy", "pytest", "ruff", "s3fs",
+            "diffusers", "flask", "flask-cors", "hypothesis", "import-linter", "moto[s3]", "mypy", "pyarrow", "pytest", "ruff", "s3fs",
             "triton>=3.6; platform_system == 'Linux'", "types-PyYAML",
         ],
     },

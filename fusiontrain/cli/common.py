@@ -24,6 +24,20 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
 
 
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--format` and `--text-key`: how samples are read, see `sample_kind`."""
+    parser.add_argument("--format", choices=["auto", "interleaved", "captions"], default="auto", help="as data.sources.N.format (default: auto)")
+    parser.add_argument("--text-key", metavar="FIELD", help="field of the json that holds the text, as data.sources.N.text_key")
+
+
+def sample_kind(args: argparse.Namespace) -> str:
+    """The kind of samples that `--format` and `--text-key` ask for, as `read_sample` takes it."""
+    from fusiontrain.config.schema import SourceConfig
+    from fusiontrain.data.formats.read import source_kind
+
+    return source_kind(SourceConfig(path="", format=args.format, text_key=args.text_key))
+
+
 def print_json(document: Any) -> None:
     """The one JSON document that a command with `--json` prints on stdout. NaN and infinity are refused: they are not JSON."""
     print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))

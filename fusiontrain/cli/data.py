@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fusiontrain.cli.common import add_config_arguments, add_json_argument, note, print_json, print_table
+from fusiontrain.cli import data_inspect
+from fusiontrain.cli.common import add_config_arguments, add_format_arguments, add_json_argument, note, print_json, print_table, sample_kind
 from fusiontrain.utils.errors import UserError
 
 
@@ -19,16 +20,14 @@ def add_parser(subparsers: Any) -> None:
     world.add_argument("--seed", type=int, default=0)
     index = actions.add_parser("index", help="index shards (kept beside them) and count what is in them")
     verify = actions.add_parser("verify", help="read every member and compare its CRC32, decode every image; exit 2 on damage")
-    inspect = actions.add_parser("inspect", help="show one sample as text")
-    for parser in (index, verify, inspect):
+    for parser in (index, verify):
         parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar or .jsonl, a folder of them, a glob, a brace range, a URL, or pipe:COMMAND")
-        parser.add_argument("--index-dir", help="as data.storage.index_dir, for shards that are not local files")
-        parser.add_argument("--format", choices=["auto", "interleaved", "captions"], default="auto", help="as data.sources.N.format (default: auto)")
-        parser.add_argument("--text-key", metavar="FIELD", help="field of the json that holds the text, as data.sources.N.text_key")
+        add_format_arguments(parser)
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
+        parser.add_argument("--out", metavar="DIR", help="keep the index there, for shards in a read-only place; a training needs data.index_dir=DIR then")
     index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
-    inspect.add_argument("--sample", type=int, default=0, help="number of the sample (default: 0)")
+    data_inspect.add_parser(actions)
     plan = actions.add_parser("plan", help="what the first steps of a training will hold: no sample is read")
     add_config_arguments(plan)
     plan.add_argument("--steps", type=int, default=20)
@@ -39,13 +38,24 @@ def add_parser(subparsers: Any) -> None:
     peek.add_argument("--rank", type=int, default=0, help="only the share of this rank out of --world-size")
     peek.add_argument("--world-size", type=int, default=1)
     peek.add_argument("--out", metavar="DIR", help="default: peek-step-N")
-    for parser in (world, index, verify, inspect, plan, peek):
+    convert = actions.add_parser("convert", help="write a published interleaved dataset as shards, with pictures that are downloaded already")
+    convert.add_argument("source", metavar="SOURCE", help=".parquet, .jsonl, .jsonl.gz, .jsonl.zip or .tar of .json: one, a folder, a glob, or a brace range")
+    convert.add_argument("out", metavar="OUT", help="folder of the shards; run again to go on with a conversion that was broken off")
+    convert.add_argument("--format", required=True, choices=["obelics", "mmc4", "moscar", "jsonl"], help="obelics also reads MINT-1T-HTML")
+    convert.add_argument("--pictures", metavar="PATH", nargs="+", default=[], help="tars or folders of pictures, found by URL (img2dataset) or by file name")
+    convert.add_argument("--image-position", choices=["before", "after", "random"], default="before", help="mmc4: of a picture and its sentence")
+    convert.add_argument("--text-key", metavar="FIELD", default="text", help="jsonl: the field with the text (default: text)")
+    convert.add_argument("--documents-per-shard", type=int, default=1000)
+    convert.add_argument("--workers", type=int, default=1, help="processes, a file each (default: 1)")
+    for parser in (world, index, verify, plan, peek, convert):
         add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or UserError with one sentence."""
-    actions = {"make-world": _make_world, "index": _index, "verify": _verify, "inspect": _inspect, "plan": _plan, "peek": _peek}
+    if args.action == "inspect":
+        return data_inspect.run(args)
+    actions = {"make-world": _make_world, "index": _index, "verify": _verify, "plan": _plan, "peek": _peek, "convert": _convert}
     report = actions[args.action](args)
     if args.json:
         print_json(report)
@@ -61,45 +71,44 @@ def _make_world(args: argparse.Namespace) -> dict[str, Any]:
     return {"world": args.directory, "seed": args.seed, **{f"{split} documents": count for split, count in info["documents"].items()}}
 
 
-def _kind(args: argparse.Namespace) -> str:
-    from fusiontrain.config.schema import SourceConfig
-    from fusiontrain.data.formats.read import source_kind
-
-    return source_kind(SourceConfig(path=args.shards[0], format=args.format, text_key=args.text_key))
-
-
-def _indexed(args: argparse.Namespace) -> list[tuple[Any, Any, int | None]]:
-    """(shard, index, text tokens or None) of every shard, with a bar on a terminal."""
+def _indexed(args: argparse.Namespace) -> Any:
+    """The shards with their indexes and, with --tokenizer, their tokens; what is missing is built, with a bar on a terminal."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fusiontrain.config.schema import StorageConfig, TokenizerConfig
-    from fusiontrain.data.index_cache import build_all
+    from fusiontrain.config.schema import TokenizerConfig
+    from fusiontrain.data.index_cache import Reading, measure_shards
     from fusiontrain.data.shards import expand_shards
+    from fusiontrain.data.tokenizer import tokenizer_at
 
-    shards = [shard for path in args.shards for shard in expand_shards(path, StorageConfig(index_dir=args.index_dir))]
-    tokenizer = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
+    shards = list(dict.fromkeys(shard for path in args.shards for shard in expand_shards(path)))
+    how = Reading(sample_kind(args), False, None if args.out is None else Path(args.out))
+    source = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        return list(progress.track(build_all(shards, _kind(args), False, tokenizer, args.workers), len(shards), description="shards"))
+    columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("shards", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return measure_shards(shards, how, tokenizer_at(*source) if source else None, args.workers, source, show)
 
 
 def _index(args: argparse.Namespace) -> dict[str, Any]:
     from fusiontrain.data.exclude import exclude, read_exclusions
-    from fusiontrain.data.index import IMAGE_PIECE
 
-    indexed = _indexed(args)
-    excluded = exclude([shard for shard, *_ in indexed], read_exclusions(Path(args.exclude)) if args.exclude else {})
-    indexes = [index for _, index, _ in indexed]
-    tokens = [count for *_, count in indexed if count is not None]
+    found = _indexed(args)
+    excluded = exclude(found.shards, read_exclusions(Path(args.exclude)) if args.exclude else {}, None if args.out is None else Path(args.out))
+    rows = found.indexes.rows
     return {
-        "shards": len(indexes),
-        "samples": sum(map(len, indexes)),
-        "unusable samples": sum(len(index.bad) for index in indexes),
+        "shards": len(rows),
+        "samples": sum(row.documents for row in rows),
+        "unusable samples": sum(row.unusable for row in rows),
         "excluded samples": excluded,
-        "images": sum(int((index.kinds == IMAGE_PIECE).sum()) for index in indexes),
-        "text bytes": sum(int(index.text_bytes.sum()) for index in indexes),
-        **({"text tokens": sum(tokens)} if tokens else {}),
+        "images": sum(row.images for row in rows),
+        "text bytes": sum(row.text_bytes for row in rows),
+        **({"text tokens": sum(row.tokens for row in found.tokens.rows)} if found.tokens is not None else {}),
     }
 
 
@@ -109,41 +118,13 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
 
     problems: list[str] = []
     samples = 0
-    for shard, index, _ in _indexed(args):
+    found = _indexed(args)
+    for shard, index in zip(found.shards, found.indexes, strict=True):
         problems += verify_shard(shard, index)
         samples += len(index)
     if problems:
         raise UserError("\n".join(problems))
     return {"samples": samples, "problems": 0}
-
-
-def _inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from fusiontrain.data.errors import BadSample
-    from fusiontrain.data.formats.read import read_sample
-    from fusiontrain.data.index import member_reader
-    from fusiontrain.data.storage.open import open_shard
-
-    number = args.sample
-    indexed = _indexed(args)
-    while indexed and number >= len(indexed[0][1]):
-        number -= len(indexed.pop(0)[1])
-    if not indexed:
-        raise UserError(f"--sample {args.sample}: the shards hold fewer usable samples")
-    shard, index, _ = indexed[0]
-    file = open_shard(shard)
-    try:
-        members = index.members(number)
-        sample = read_sample(_kind(args), members, member_reader(members, file), False)
-    except BadSample as error:
-        raise UserError(f"{shard}: sample {index.numbers[number]} ({index.key(number)}): {error}") from error
-    finally:
-        file.close()
-    first = int(index.piece_start[number])
-    pieces = {}
-    for place, piece in enumerate(sample.pieces):
-        size = f"{index.widths[first + place]} x {index.heights[first + place]} pixels, .{piece.image}"
-        pieces[f"{place}"] = piece.text if piece.text is not None else f"[image of {size}]"
-    return {"shard": str(shard), "key": index.key(number), **pieces}
 
 
 def _planned(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -154,6 +135,8 @@ def _planned(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from fusiontrain.data.tokenizer import load_tokenizer
 
     config = load(args.config, args.overrides)
+    if config.data.mode == "stream":
+        raise UserError("data.mode=stream has no plan: what a step holds is known when it is read; index the shards and set data.mode=planned")
     tokenizer = load_tokenizer(config)
     return config, tokenizer, Plan(config, index_sources(config.data.sources, config.data, tokenizer), tokenizer, training=True)
 
@@ -179,3 +162,23 @@ def _peek(args: argparse.Namespace) -> dict[str, Any]:
     check_world_size(config.train.global_batch_sequences, args.world_size)
     sequences = plan.share(plan.data_step(args.step - 1), args.rank, args.world_size)
     return {"step": args.step, **peek(sequences, plan, config, tokenizer, Path(args.out or f"peek-step-{args.step}"))}
+
+
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    from collections import Counter
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fusiontrain.data.convert.convert import convert
+
+    if args.documents_per_shard < 1:
+        raise UserError(f"--documents-per-shard {args.documents_per_shard}: must be at least 1")
+    settings = (args.format, args.pictures, args.image_position, args.text_key, args.documents_per_shard, args.workers)
+    console, total = Console(stderr=True), Counter[str]()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("files")
+        for done, (_, counts, files) in enumerate(convert(args.source, Path(args.out), *settings), 1):
+            total.update(counts)
+            progress.update(bar, completed=done, total=files)
+    return {"shards in": args.out, "files": files, **total}

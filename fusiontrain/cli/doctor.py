@@ -43,6 +43,17 @@ class Check:
     detail: str
 
 
+@dataclass(frozen=True)
+class Operator:
+    """One operator on this machine's device: its key in the config's kernels section, what auto takes, and by implementation why it cannot
+    run here, or None if it can."""
+
+    key: str
+    operator: str
+    auto: str
+    implementations: dict[str, str | None]
+
+
 def add_parser(subparsers: Any) -> None:
     """Adds `doctor` to the program's subparsers."""
     add_json_argument(subparsers.add_parser("doctor", help="check this machine and say what to do"))
@@ -50,11 +61,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 if a check failed."""
-    checks = list(examine())
+    checks, kernels = list(examine()), find_kernels()
     if args.json:
-        print_json({"ok": all(check.status != "fail" for check in checks), "checks": [asdict(check) for check in checks]})
+        good = all(check.status != "fail" for check in checks)
+        print_json({"ok": good, "checks": [asdict(check) for check in checks], "kernels": [asdict(operator) for operator in kernels]})
     else:
         print_table((check.status, check.name, check.detail) for check in checks)
+        _print_kernels(kernels)
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -67,6 +80,39 @@ def examine() -> Iterator[Check]:
         except Exception as error:
             # Here the error is the finding: an unloadable library may raise anything.
             yield Check(check.__name__.strip("_"), "fail", f"{type(error).__name__}: {error}; reinstall it")
+
+
+def find_kernels() -> list[Operator]:
+    """What each operator can use here; none where torch cannot be imported, which is a check of its own."""
+    try:
+        import torch
+
+        from fusiontrain.models.kernels import OPERATORS
+        from fusiontrain_kernels.choices import IMPLEMENTATIONS, best, obstacle
+    except (ImportError, OSError):
+        return []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        Operator(key, operator, best(operator, device)[0], {name: obstacle(operator, name, device) for name in IMPLEMENTATIONS[operator]})
+        for key, operator in OPERATORS.items()
+    ]
+
+
+def _print_kernels(kernels: list[Operator]) -> None:
+    print("\nkernels.<key>: implementations that can run here")
+    print_table((operator.key, operator.operator, _describe(operator)) for operator in kernels)
+    missing: dict[tuple[str, str], list[str]] = {}
+    for operator in kernels:
+        for name, why_not in operator.implementations.items():
+            if why_not is not None:
+                missing.setdefault((name, why_not), []).append(operator.key)
+    for (name, why_not), keys in missing.items():
+        print(f"not {name} ({', '.join(keys)}): {why_not}")
+
+
+def _describe(operator: Operator) -> str:
+    usable = [name for name, why_not in operator.implementations.items() if why_not is None]
+    return ", ".join(f"{name} (auto)" if name == operator.auto else name for name in usable)
 
 
 def _python() -> Iterator[Check]:

@@ -55,7 +55,11 @@ def _train(config: Any, ranks: Any, as_json: bool) -> int:
 
     reporter = make_reporter(ranks.is_main)
     with stop_on_signals() as stop:
-        trainer = build_trainer(config, ranks, reporter, stop)
+        try:
+            trainer = build_trainer(config, ranks, reporter, stop)
+        except BaseException:
+            reporter.finished()
+            raise
         try:
             finished = trainer.run()
         except TrainingDiverged as error:
@@ -81,6 +85,9 @@ def make_reporter(is_main: bool) -> SilentReporter:
 class SilentReporter:
     """Says nothing. The base of the others, and the shape that `train.trainer.Reporter` asks for."""
 
+    def indexing(self, done: int, total: int) -> None:
+        pass
+
     def started(self, step: int, steps: int, run_dir: Path) -> None:
         pass
 
@@ -96,6 +103,10 @@ class SilentReporter:
 
 class PlainReporter(SilentReporter):
     """One line per `train.log_every_steps`, for log files: `step 100/2000 loss 1.2345 text 0.9 image 0.1 ...`."""
+
+    def indexing(self, done: int, total: int) -> None:
+        if done == total or (done >= 8 and done & (done - 1) == 0):
+            note(f"indexed {done} of {total} shards")
 
     def started(self, step: int, steps: int, run_dir: Path) -> None:
         self.steps = steps
@@ -120,6 +131,12 @@ class LiveReporter(SilentReporter):
 
         columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TextColumn("eta {task.fields[eta]}"))
         self.progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+
+    def indexing(self, done: int, total: int) -> None:
+        if done == 1:
+            self.index_task = self.progress.add_task("shards indexed", total=total, eta="-")
+            self.progress.start()
+        self.progress.update(self.index_task, completed=done, visible=done < total)
 
     def started(self, step: int, steps: int, run_dir: Path) -> None:
         self.eta = Eta(step, steps)

@@ -85,7 +85,10 @@ class ImageDataConfig(Section):
     min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
     max_tokens: int = Field(1024, ge=1, description="resize: native: patches that a larger picture is scaled down to")
     patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
-    representation: Literal["pixels", "latents"] = Field("pixels", description="latents: .latent.npy members [C, H, W]")
+    representation: Literal["pixels", "latents", "codes"] = Field(
+        "pixels", description="latents: .latent.npy members [C, H, W]; codes: .vq.npy members [h, w], which are tokens behind those of the tokenizer"
+    )
+    codebook_size: int | None = Field(None, ge=1, description="codes: one more than the largest; model.vocab_size holds the tokenizer's tokens and these")
     channels: int = Field(3, ge=1, description="3 for pixels; the latent's channels otherwise")
     image_first_noise_cap: float = Field(
         0.5, ge=0, le=1, description="largest noise level of an image that opens its document (Transfusion T8); 0 = clean, no image loss"
@@ -99,12 +102,13 @@ class StorageConfig(Section):
         None, description="folder on a local disk for .tar.gz and `pipe:` shards; default: fusiontrain/spool in the user's cache folder"
     )
     cache_bytes: int = Field(64 << 30, ge=1, description="size of that folder; what was read longest ago makes room")
-    index_dir: str | None = Field(
-        None, description="folder for the indexes of shards that are not local files; default: fusiontrain/index in the user's cache folder"
-    )
 
 
 class DataConfig(Section):
+    mode: Literal["planned", "stream"] = Field(
+        "planned", description="stream: read un-indexed shards and pipes as webdataset does; not elastic, no exact resume, no `data plan`"
+    )
+    stream_shuffle_documents: int = Field(1000, ge=1, description="mode stream: documents of each source that a rank shuffles in memory")
     sources: tuple[SourceConfig, ...] = Field(..., min_length=1)
     validation_sources: tuple[SourceConfig, ...] = ()
     modalities: tuple[Literal["text", "image"], ...] = Field(("text", "image"), description="('text',) drops the pictures and keeps their BOI and EOI markers")
@@ -119,12 +123,16 @@ class DataConfig(Section):
     )
     storage: StorageConfig = StorageConfig()
     pack_window_documents: int = Field(1024, ge=1, description="documents that are packed together, best fit decreasing")
+    index_dir: str | None = Field(None, description="folder for the indexes of the shards, as of `data index --out`; default: beside the shards")
     from_step: tuple[tuple[int, int], ...] = Field(
         (), description="[[step, data step], ...]: from that step of the training on, the data of the data step on; to skip a loss spike"
     )
     max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="stop when more than this share of documents is unreadable")
-    num_workers: int = Field(1, ge=0, description="threads that build batches ahead; 0 builds them in the training loop")
-    prefetch_batches: int = Field(4, ge=1)
+    executor: Literal["threads", "processes"] = Field("threads", description="what builds batches ahead")
+    num_workers: int = Field(1, ge=0, description="threads or processes per rank that build batches ahead; 0 builds them in the training loop")
+    prefetch_bytes: int = Field(
+        256 * 2**20, ge=1, description="memory per rank for batches that are built ahead; at least three steps are held, whatever their size"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -172,8 +180,10 @@ class KernelsConfig(Section):
         description="for every operator that is null below. auto: the best one for the device, the log says which; reference: the specification, "
         "slow; triton: a GPU. An implementation that is asked for by name and cannot run ends the run",
     )
-    attention: Literal["auto", "reference", "chunked", "sdpa", "triton"] | None = Field(
-        None, description="chunked: query chunks over their key ranges; sdpa: torch's own with a dense mask"
+    attention: Literal["auto", "reference", "chunked", "sdpa", "flex", "flash", "triton"] | None = Field(
+        None,
+        description="chunked: query chunks over their key ranges; sdpa: torch's own with a dense mask; flex: torch's flex_attention; "
+        "flash: flash-attn, for text alone",
     )
     gemm: Literal["auto", "reference", "segments", "grouped_mm", "triton"] | None = Field(
         None, description="segments: one GEMM per modality; grouped_mm: torch's own; triton: one launch, with SwiGLU in it where swiglu is triton too"

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _images, _formats, _data_order, _batch, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _batch, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -48,8 +48,8 @@ def file_problems(config: Config) -> list[Problem]:
 
 
 def uses_images(config: Config) -> bool:
-    """Whether pictures reach the model."""
-    return "image" in config.data.modalities
+    """Whether pictures reach the model as patches; their codes would be tokens like any other."""
+    return "image" in config.data.modalities and config.data.image.representation != "codes"
 
 
 def image_tokens(config: Config) -> int | None:
@@ -89,9 +89,21 @@ def _shape(config: Config) -> Iterator[Problem]:
 
 def _modalities(config: Config) -> Iterator[Problem]:
     modalities, recipe = config.data.modalities, config.model.recipe
-    wanted = ("text",) if recipe == "dense" else ("text", "image")
+    wanted = ("text",) if recipe == "dense" and config.data.image.representation != "codes" else ("text", "image")
     if tuple(modalities) != wanted:
         yield Problem("data.modalities", f"is {list(modalities)}, but the {recipe} recipe needs {list(wanted)}")
+
+
+def _codes(config: Config) -> Iterator[Problem]:
+    if config.data.image.representation != "codes":
+        return
+    key = "data.image.representation"
+    if config.model.recipe != "dense":
+        yield Problem(key, f"codes are tokens of one vocabulary, which the dense recipe learns; {config.model.recipe} needs pixels or latents")
+    if config.model.base is not None:
+        yield Problem(key, "codes need tokens that no base has; set model.base to null and give the model's shape")
+    if config.data.image.codebook_size is None:
+        yield Problem("data.image.codebook_size", "is not set; with codes it is one more than the largest of them")
 
 
 def _images(config: Config) -> Iterator[Problem]:
@@ -128,6 +140,18 @@ def _formats(config: Config) -> Iterator[Problem]:
         for index, source in enumerate(getattr(config.data, name)):
             if source.text_key is not None and source.format == "interleaved":
                 yield Problem(f"data.{name}.{index}.text_key", f"is {source.text_key!r}, but an interleaved document's texts are in 'texts'; set it to null")
+
+
+def _stream(config: Config) -> Iterator[Problem]:
+    if config.data.mode != "stream":
+        return
+    if config.data.from_step:
+        yield Problem("data.from_step", "needs a plan to jump in, and data.mode=stream has none; set it to []")
+    if config.data.mix_by != "documents":
+        yield Problem("data.mix_by", "tokens needs the lengths of all documents, which data.mode=stream does not know; set it to documents")
+    for index, source in enumerate(config.data.sources):
+        if source.max_epochs is not None or source.weight_schedule:
+            yield Problem(f"data.sources.{index}", "max_epochs and weight_schedule need a plan, and data.mode=stream has none; set them to null and []")
 
 
 def _data_order(config: Config) -> Iterator[Problem]:

@@ -1,49 +1,59 @@
-"""Named numpy arrays in one file: a JSON header, then the arrays on 64-byte borders, so that a part can be read or mapped by its offset."""
+"""Named numpy arrays in one file: a JSON header, then the arrays on 64-byte borders.
+
+The file is mapped, not read: processes share its pages, and only those that somebody looks at take memory.
+"""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-MAGIC = b"FTARRAY1"
+MAGIC = b"FTARRAY2"
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where an array lies in its file: dtype as numpy writes it, number of items, offset in bytes."""
+class ArrayFile:
+    """A file's arrays by name (read-only views of the mapped file), where each begins in bytes, and what was written about them."""
 
-    dtype: str
-    length: int
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.length * np.dtype(self.dtype).itemsize
+    arrays: dict[str, np.ndarray]
+    offsets: dict[str, int]
+    about: dict[str, Any]
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write 1-d arrays so that `path` is complete or not there, whoever else writes it at the same time. Raises OSError."""
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Write 1-d arrays, and `about` as JSON, so that `path` is complete or not there, whoever else writes it at the same time. Raises OSError."""
     position, entries = 0, {}
     for name, array in arrays.items():
         entries[name] = [array.dtype.str, len(array), position]
         position += _aligned(array.nbytes)
-    header = json.dumps({"arrays": entries, "nbytes": position}).encode()
+    header = json.dumps({"arrays": entries, "nbytes": position, "about": about}).encode()
     start = _aligned(len(MAGIC) + 8 + len(header))
+
+    def parts() -> Iterator[bytes]:
+        yield (MAGIC + len(header).to_bytes(8, "little") + header).ljust(start, b"\0")
+        for array in arrays.values():
+            yield array.tobytes().ljust(_aligned(array.nbytes), b"\0")
+
+    write_whole(path, parts())
+
+
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file so that it is complete or not there, whoever else writes it at the same time. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name that no other process has, on no other machine that shares the disk either: process numbers repeat between containers.
     descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write((MAGIC + len(header).to_bytes(8, "little") + header).ljust(start, b"\0"))
-            for array in arrays.values():
-                file.write(array.tobytes().ljust(_aligned(array.nbytes), b"\0"))
+            file.writelines(parts)
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:
@@ -51,34 +61,41 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise
 
 
-def read_entries(path: Path) -> dict[str, Entry] | None:
-    """The file's arrays by name; None where there is no such file, or one that a full disk or a crash left damaged."""
+def map_arrays(path: Path) -> ArrayFile | None:
+    """The file, mapped; None where there is no such file, or one that a full disk or a crash left damaged."""
     try:
         with path.open("rb") as file:
-            start = file.read(len(MAGIC) + 8)
-            if start[: len(MAGIC)] != MAGIC:
-                return None
-            length = int.from_bytes(start[len(MAGIC) :], "little")
             size = os.fstat(file.fileno()).st_size
-            if length > size:
-                return None
-            header = json.loads(file.read(length))
-            first = _aligned(len(start) + length)
-            if size != first + header["nbytes"]:
-                return None
-            return {name: Entry(dtype, count, first + offset) for name, (dtype, count, offset) in header["arrays"].items()}
+            header = _read_header(file, size)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        first = size - header["nbytes"]
+        arrays = {name: np.frombuffer(mapped, dtype, count, first + offset) for name, (dtype, count, offset) in header["arrays"].items()}
+        offsets = {name: first + offset for name, (_, _, offset) in header["arrays"].items()}
+        mapped.madvise(mmap.MADV_RANDOM)  # a document's numbers lie in few pages: do not read those around them
+        return ArrayFile(arrays, offsets, header["about"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def read_arrays(path: Path, entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:
-    """Those arrays of the file, in memory and read-only."""
-    arrays = {}
-    with path.open("rb") as file:
-        for name, entry in entries.items():
-            file.seek(entry.offset)
-            arrays[name] = np.frombuffer(file.read(entry.nbytes), dtype=entry.dtype)
-    return arrays
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What was written about the arrays, without mapping them; None as for `map_arrays`."""
+    try:
+        with path.open("rb") as file:
+            return _read_header(file, os.fstat(file.fileno()).st_size)["about"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_header(file: BinaryIO, size: int) -> dict[str, Any]:
+    """Raises ValueError unless the file of that size is whole."""
+    start = file.read(len(MAGIC) + 8)
+    length = int.from_bytes(start[len(MAGIC) :], "little")
+    if start[: len(MAGIC)] != MAGIC or length > size:
+        raise ValueError("not a file of arrays")
+    header = json.loads(file.read(length))
+    if size != _aligned(len(start) + length) + header["nbytes"]:
+        raise ValueError("cut short")
+    return header
 
 
 def _aligned(nbytes: int) -> int:

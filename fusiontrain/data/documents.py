@@ -1,7 +1,8 @@
 """From a sample's pieces to a document: what stands in it, in which order, and between which markers.
 
 `arrange` decides from numbers alone, so the plan (which has only the index) and the executor (which has the bytes) agree on every length.
-A document is `[BOS] text ... BOI <patches> EOI text ... EOS`; one that was cut to the length of a sequence has no EOS, for it does not end there.
+A document is `[BOS] text ... BOI <patches> EOI text ... EOS`; codes of an image stand there as tokens, numbered behind
+the tokenizer's. One that was cut to the length of a sequence has no EOS, for it does not end there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fusiontrain.config.schema import DataConfig, SourceConfig
 from fusiontrain.data.errors import CHANGED, BadSample
 from fusiontrain.data.formats.pieces import Fields, Piece, Sample
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
-from fusiontrain.data.modalities.image import image_segment
+from fusiontrain.data.modalities.image import decode_codes, image_segment
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.modality import IMAGE, TEXT
 from fusiontrain.types import Document, Segment, SourceRef
@@ -35,8 +36,7 @@ class Draws:
     caption: float = 0.0
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A piece in a document: its number in the sample, how many of its tokens are kept (patches for images), and the first of them."""
 
     piece: int
@@ -158,7 +158,11 @@ def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: b
             text += kept
             continue
         text.append(tokenizer.begin_image_id)
-        if IMAGE.name in data.modalities and piece.image is not None:
+        if IMAGE.name in data.modalities and piece.image is not None and data.image.representation == "codes":
+            codes = decode_codes(piece.image, read(piece.image), data.image)
+            _require(len(codes) == place.num_tokens, "an image", len(codes), place.num_tokens)
+            text += (tokenizer.vocab_size + codes).tolist()
+        elif IMAGE.name in data.modalities and piece.image is not None:
             cap = data.image.image_first_noise_cap if number == 0 and len(places) > 1 else 1.0
             segment = image_segment(piece.image, read(piece.image), data.image, cap)
             _require(segment.num_tokens == place.num_tokens, "an image", segment.num_tokens, place.num_tokens)

@@ -1,4 +1,4 @@
-"""Samples that a person wants left out of every plan, by shard and key: `<shard>.excluded.json` beside the shard's index.
+"""Samples that a person wants left out of every plan, by shard and key: `excluded.json` beside the indexes of a folder of shards.
 
 Delete that file to have them back.
 """
@@ -6,17 +6,18 @@ Delete that file to have them back.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fusiontrain.data.array_file import write_whole
 from fusiontrain.data.index import ShardIndex
 from fusiontrain.data.index_folder import index_folders
 from fusiontrain.data.storage.shard import Shard, common_name, is_local
 from fusiontrain.utils.errors import UserError
+
+NAME = "excluded.json"
 
 
 def read_exclusions(path: Path) -> dict[str, set[str]]:
@@ -37,52 +38,46 @@ def read_exclusions(path: Path) -> dict[str, set[str]]:
     return found
 
 
-def exclude(shards: Sequence[Shard], exclusions: dict[str, set[str]]) -> int:
+def exclude(shards: Sequence[Shard], exclusions: dict[str, set[str]], index_dir: Path | None) -> int:
     """Add keys to what those shards have excluded; the number of samples that are excluded of them now. Raises UserError for other shards."""
     unknown = exclusions.keys() - {common_name(shard) for shard in shards}
     if unknown:
         raise UserError(f"{min(unknown)}: samples of it are to be excluded, but it is not among the shards given; name it too")
-    for shard in shards:
-        new = exclusions.get(common_name(shard), set())
-        if new - excluded_keys(shard):
-            _write(shard, sorted(new | excluded_keys(shard)))
-    return sum(len(excluded_keys(shard)) for shard in shards)
+    total = 0
+    for parent in {shard.parent for shard in shards}:
+        before = excluded_keys(parent, index_dir)
+        new = {shard.name: exclusions.get(common_name(shard), set()) for shard in shards if shard.parent == parent}
+        after = {name: before.get(name, frozenset()) | new.get(name, set()) for name in {*before, *new}}
+        if after != before and any(new.values()):
+            _write(parent, index_dir, {name: sorted(keys) for name, keys in sorted(after.items()) if keys})
+        total += sum(len(after[name]) for name in new)
+    return total
 
 
-def excluded_keys(shard: Shard) -> frozenset[str]:
-    """Raises UserError when the list is damaged: silence would train on what was excluded."""
-    for folder in index_folders(shard):
-        path = folder / _name(shard)
+def excluded_keys(shards: Path | str, index_dir: Path | None) -> dict[str, frozenset[str]]:
+    """The keys that are excluded of a folder's shards, by name of the shard. Raises UserError when the list is damaged: silence would train
+    on what was excluded."""
+    for folder in index_folders(shards, index_dir):
+        path = folder / NAME
         if path.is_file():
             try:
-                return frozenset(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{path}: not a list of keys ({error}); mend or delete it") from error
-    return frozenset()
+                return {name: frozenset(keys) for name, keys in json.loads(path.read_text(encoding="utf-8")).items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}: not lists of keys by shard ({error}); mend or delete it") from error
+    return {}
 
 
-def kept_rows(shard: Shard, index: ShardIndex) -> np.ndarray:
-    """The rows [k] int32 of the index that are not excluded."""
-    rows = np.arange(len(index), dtype=np.int32)
-    excluded = excluded_keys(shard)
-    return rows[[index.key(row) not in excluded for row in rows.tolist()]] if excluded else rows
+def kept_rows(index: ShardIndex, excluded: frozenset[str]) -> np.ndarray:
+    """The rows [k] int32 of the index whose keys are not excluded."""
+    return np.array([row for row in range(len(index)) if index.key(row) not in excluded], np.int32)
 
 
-def _name(shard: Shard) -> str:
-    return f"{shard.stem}.excluded.json"
-
-
-def _write(shard: Shard, keys: list[str]) -> None:
+def _write(shards: Path | str, index_dir: Path | None, keys: dict[str, list[str]]) -> None:
     problems = []
-    for folder in index_folders(shard):
+    for folder in index_folders(shards, index_dir):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(dir=folder, suffix=".tmp")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(keys, file)
-            os.chmod(partial, 0o644)
-            os.replace(partial, folder / _name(shard))
+            write_whole(folder / NAME, [json.dumps(keys).encode()])
             return
         except OSError as error:
             problems.append(f"{folder} ({error})")
-    raise UserError(f"{shard}: its excluded samples can be kept in none of {', '.join(problems)}")
+    raise UserError(f"{shards}: its excluded samples can be kept in none of {', '.join(problems)}")

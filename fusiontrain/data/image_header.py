@@ -7,6 +7,7 @@ from __future__ import annotations
 
 HEADER_BYTES = 1 << 17
 """Where EXIF data of a JPEG or PNG begin, if there are any: behind at most one segment of 64 KiB."""
+APP1 = b"\xff\xe1"  # the marker of the segments that hold EXIF and XMP data
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers, SOF0 to SOF15 without DHT (C4), JPG (C8) and DAC (CC), which share their range.
 SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -29,7 +30,9 @@ def header_size(data: bytes) -> tuple[int, int] | None:
 
 
 def has_exif(data: bytes) -> bool:
-    """Whether there may be EXIF data, which may say that the picture is to be turned; some files without any are taken for such."""
+    """Whether there may be EXIF or XMP data, which may say that the picture is to be turned; some files without any are taken for such."""
+    if data[:2] == b"\xff\xd8":
+        return data.find(APP1, 0, HEADER_BYTES) >= 0  # compressed pixels never hold a marker
     if data[12:16] == b"VP8X":
         return bool(data[20:21] and data[20] & 0x08)
     head = data[:HEADER_BYTES]

@@ -1,11 +1,15 @@
 """The index of a shard: where every member lies, and how long every piece is, so that planning never opens a shard.
 
-It knows neither tokenizer nor size of the images a model sees; the token ids of its texts are a file of their own (`token_cache.py`).
+It is mapped from its file (`index_files.py`), whose pages all processes share. It knows neither tokenizer nor size of the images a model sees;
+the token ids of its texts are a file of their own (`token_cache.py`).
 """
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +17,8 @@ import numpy as np
 from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import CHECKSUM, READ, BadSample
 from fusiontrain.data.formats.pieces import Fields
+from fusiontrain.data.index_files import ShardFiles
+from fusiontrain.data.index_manifest import IndexRow, TokensRow
 from fusiontrain.data.storage.files import ShardFile, Stretch
 from fusiontrain.data.storage.shard import Shard, shown_source
 from fusiontrain.data.tar import Member
@@ -59,6 +65,13 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def digest(self) -> str:
+        """A hash of all that a plan and its documents depend on: not of where the members lie."""
+        digest = hashlib.sha256()
+        for array in (self.key_start, self.key_bytes, self.is_pair, self.piece_start, self.kinds, self.heights, self.widths, self.sizes, self.crcs):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:32]
+
     def key(self, sample: int) -> str:
         return self.key_bytes[self.key_start[sample] : self.key_start[sample + 1]].tobytes().decode()
 
@@ -77,21 +90,25 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class IndexedSource:
-    """A source of the config with the indexes and token caches of its shards.
+    """A source of the config with the indexes and token caches of its shards, by the number of the shard.
 
-    rows: of each shard, the samples of its index that are not excluded, [k] int32. starts [shards + 1]: number of the first of them.
+    kept: of each shard with excluded samples, the rows of its index that are not, [k] int32. starts [shards + 1]: number of the first of them.
     """
 
     config: SourceConfig
     number: int
     shards: tuple[Shard, ...]
-    indexes: tuple[ShardIndex, ...]
-    tokens: tuple[TokenCache, ...]
-    rows: tuple[np.ndarray, ...]
-    starts: np.ndarray
+    indexes: ShardFiles[ShardIndex, IndexRow]
+    tokens: ShardFiles[TokenCache, TokensRow]
+    kept: Mapping[int, np.ndarray]
+    starts: tuple[int, ...]
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.starts[-1]
+
+    def rows(self, shard: int) -> np.ndarray:
+        """The rows [k] int32 of a shard's index that are not excluded."""
+        return self.kept[shard] if shard in self.kept else np.arange(len(self.indexes[shard]), dtype=np.int32)
 
     @property
     def name(self) -> str:
@@ -100,8 +117,9 @@ class IndexedSource:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, sample in the shard's index) of the source's sample of that number."""
-        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return shard, int(self.rows[shard][sample - int(self.starts[shard])])
+        shard = bisect.bisect_right(self.starts, sample) - 1
+        place = sample - self.starts[shard]
+        return shard, int(self.kept[shard][place]) if shard in self.kept else place
 
     def ref(self, sample: int) -> SourceRef:
         shard, row = self.locate(sample)
@@ -111,9 +129,10 @@ class IndexedSource:
     def bad(self) -> list[tuple[SourceRef, str]]:
         """The samples that indexing found unusable, with the reason."""
         return [
-            (SourceRef(self.name, str(shard), number, key), reason)
-            for shard, index in zip(self.shards, self.indexes, strict=True)
-            for number, key, reason in index.bad
+            (SourceRef(self.name, str(self.shards[shard]), number, key), reason)
+            for shard, unusable in enumerate(self.indexes.rows.columns["unusable"])
+            if unusable
+            for number, key, reason in self.indexes[shard].bad
         ]
 
 

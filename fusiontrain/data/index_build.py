@@ -10,7 +10,7 @@ from contextlib import closing
 import numpy as np
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import split_page
+from fusiontrain.data.formats.pieces import Latents, split_page
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex, member_reader
 from fusiontrain.data.jsonl import samples_of
@@ -29,7 +29,7 @@ MOST_SUFFIXES = (1 << 16) - 1
 """What uint16 numbers in `ShardIndex.suffix_ids` can tell apart."""
 
 
-def build_index(shard: Shard, kind: str, latents: bool) -> ShardIndex:
+def build_index(shard: Shard, kind: str, latents: Latents) -> ShardIndex:
     """Walk a shard and measure every sample. Raises UserError when the tar itself is damaged; a bad sample only becomes an entry."""
     builder = _Builder(kind, latents)
     with closing(ReadAhead(open_shard(shard))) as file:
@@ -44,7 +44,7 @@ def build_index(shard: Shard, kind: str, latents: bool) -> ShardIndex:
     return builder.finish()
 
 
-def build_tokens(shard: Shard, index: ShardIndex, kind: str, latents: bool, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def build_tokens(shard: Shard, index: ShardIndex, kind: str, latents: Latents, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """`counts`, `start` and `ids` of a TokenCache. Raises UserError when the shard is no longer the one that was indexed."""
     counts = np.zeros(len(index.kinds), np.int32)
     start = np.zeros(len(index) + 1, np.int64)
@@ -73,7 +73,7 @@ def build_tokens(shard: Shard, index: ShardIndex, kind: str, latents: bool, toke
 class _Builder:
     """Lists that grow sample by sample and become the arrays of a ShardIndex."""
 
-    def __init__(self, kind: str, latents: bool) -> None:
+    def __init__(self, kind: str, latents: Latents) -> None:
         self.kind, self.latents = kind, latents
         self.samples: list[tuple[int, bytes, bool, int, int]] = []  # number, key, is_pair, pieces, members
         self.pieces: list[tuple[int, int, int, int, int]] = []  # kind, bytes of text, height, width, member

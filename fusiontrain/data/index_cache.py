@@ -1,4 +1,5 @@
-"""Indexes and token ids on disk: in `.fusiontrain-index/` beside local shards, for others in a cache folder (`index_folder.py`).
+"""Indexes and token ids on disk: beside the shards in `.fusiontrain-index/`, in the temporary folder where that cannot be written, or in
+`data.index_dir`.
 
 A file's name holds a hash of what it depends on (the shard's name, size and time, the format; for tokens the tokenizer too), so one that is
 there is right, and a shard that changes gets a new one. Files appear whole under their names: any number of processes may build at once.
@@ -6,100 +7,189 @@ there is right, and a shard that changes gets a new one. Files appear whole unde
 
 from __future__ import annotations
 
-import json
-import logging
+import itertools
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusiontrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
-from fusiontrain.data.array_file import read_arrays, read_entries, write_arrays
-from fusiontrain.data.exclude import kept_rows
+from fusiontrain.config.schema import Config, DataConfig, SourceConfig, TokenizerConfig
+from fusiontrain.data.array_file import ArrayFile, read_about, write_arrays
+from fusiontrain.data.exclude import excluded_keys, kept_rows
+from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents
 from fusiontrain.data.formats.read import source_kind
-from fusiontrain.data.index import IndexedSource, ShardIndex
+from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.index_build import build_index, build_tokens
+from fusiontrain.data.index_files import Folders, Known, ShardFiles, by_folder, look_up
 from fusiontrain.data.index_folder import index_folders
+from fusiontrain.data.index_manifest import IndexRow, Measure, Stat, Table, TokensRow, add_to_manifest
 from fusiontrain.data.shards import expand_shards
-from fusiontrain.data.storage.shard import Shard, digest, state
-from fusiontrain.data.token_cache import TokenCache
-from fusiontrain.data.tokenizer import Tokenizer, tokenizer_at
+from fusiontrain.data.storage.shard import Shard, state
+from fusiontrain.data.token_cache import TokenCache, counts_digest
+from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_at
 from fusiontrain.utils.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-VERSION = 4
 INDEX, TOKENS = "index", "tokens"
-TABLES = "tables"  # what of an index is not an array: its suffixes and bad samples, as JSON
+TABLES = ("suffixes", "bad")  # what of an index is not an array
+
+BYTES_PER_PROCESS = 256 << 20
+"""Of shards: less takes a process about as long to index as to start."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of shards that were measured, and of those that have to be."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How shards are read and where what was measured of them is kept: the format of their samples, latents or pixels, `data.index_dir`."""
+
+    kind: str
+    latents: Latents
+    index_dir: Path | None = None
+
+    @property
+    def index(self) -> Measure[IndexRow]:
+        return Measure(INDEX, IndexRow, (self.kind, self.latents))
+
+    def tokens(self, tokenizer: Tokenizer) -> Measure[TokensRow]:
+        return Measure(TOKENS, TokensRow, (self.kind, self.latents, tokenizer.fingerprint))
+
+
+class MeasuredShards(NamedTuple):
+    """The indexes and, where a tokenizer was given, the token ids of shards."""
+
+    folders: Folders
+    shards: tuple[Shard, ...]
+    indexes: ShardFiles[ShardIndex, IndexRow]
+    tokens: ShardFiles[TokenCache, TokensRow] | None
 
 
 def index_sources(sources: Sequence[SourceConfig], data: DataConfig, tokenizer: Tokenizer) -> list[IndexedSource]:
-    """Index every shard of every source, from the cache where it is there. Raises UserError for damage and for a source without samples."""
-    indexed = []
-    latents = data.image.representation == "latents"
-    for number, config in enumerate(sources):
-        shards, kind = tuple(expand_shards(config.path, data.storage)), source_kind(config)
-        indexes = tuple(index_shard(shard, kind, latents) for shard in shards)
-        tokens = tuple(tokens_of_shard(shard, index, kind, latents, tokenizer) for shard, index in zip(shards, indexes, strict=True))
-        rows = tuple(kept_rows(shard, index) for shard, index in zip(shards, indexes, strict=True))
-        starts = np.concatenate([[0], np.cumsum([len(kept) for kept in rows])])
-        source = IndexedSource(config, number, shards, indexes, tokens, rows, starts)
-        if not len(source):
-            bad = source.bad()
-            why = f"; the first of {len(bad)} unusable samples is {bad[0][0]}: {bad[0][1]}" if bad else ""
-            raise UserError(f"{source.name}: {len(shards)} shards without a usable sample{why}")
-        indexed.append(source)
-    return indexed
+    """Open the index of every source; what is missing is built. Raises UserError for damage and for a source without samples."""
+    found = (measure_shards(expand_shards(config.path, data.storage), reading(config, data), tokenizer) for config in sources)
+    return [_source(config, number, data, shards) for number, (config, shards) in enumerate(zip(sources, found, strict=True))]
 
 
-def index_shard(shard: Shard, kind: str, latents: bool) -> ShardIndex:
-    """The index of one shard, read from the cache or built and kept there. Raises UserError when the tar is damaged."""
-    name = _name(shard, INDEX, kind, latents)
-    for folder in index_folders(shard):
-        entries = read_entries(folder / name)
-        if entries is not None:
-            arrays = read_arrays(folder / name, entries)
-            tables = json.loads(arrays.pop(TABLES).tobytes())
-            return ShardIndex(**arrays, suffixes=tuple(tables["suffixes"]), bad=tuple(map(tuple, tables["bad"])))
-    index = build_index(shard, kind, latents)
-    tables = json.dumps({"suffixes": index.suffixes, "bad": index.bad}).encode()
-    arrays = {field.name: getattr(index, field.name) for field in fields(index) if field.name not in ("suffixes", "bad")}
-    _keep(shard, name, {**arrays, TABLES: np.frombuffer(tables, np.uint8)})
-    return index
+def prepare_sources(config: Config, progress: Progress) -> None:
+    """Build what is missing of the indexes of all sources, with as many processes as there are cores and work for. Raises UserError."""
+    path = config.data.tokenizer.path or config.model.base
+    tokenizer = load_tokenizer(config)
+    planned = config.data.sources if config.data.mode == "planned" else ()
+    for source in (*planned, *config.data.validation_sources):
+        shards = expand_shards(source.path, config.data.storage)
+        workers = min(len(os.sched_getaffinity(0)), 1 + sum(stat_of(shard).size for shard in shards) // BYTES_PER_PROCESS)
+        spec = None if path is None else (path, config.data.tokenizer)
+        measure_shards(shards, reading(source, config.data), tokenizer, workers, spec, progress)
 
 
-def tokens_of_shard(shard: Shard, index: ShardIndex, kind: str, latents: bool, tokenizer: Tokenizer) -> TokenCache:
-    """The token ids of an indexed shard, from the cache or tokenised and kept there. Raises UserError where they cannot be kept."""
-    name = _name(shard, TOKENS, kind, latents, tokenizer.fingerprint)
-    for folder in index_folders(shard):
-        path = folder / name
-        entries = read_entries(path)
-        if entries is not None:
-            return _open_tokens(path)
-    kept = _keep(shard, name, build_tokens(shard, index, kind, latents, tokenizer))
-    if kept is None:
-        raise UserError(f"{shard}: its token ids can be kept in neither of {', '.join(map(str, index_folders(shard)))}; make room in one of them")
-    return _open_tokens(kept)
+def reading(source: SourceConfig, data: DataConfig) -> Reading:
+    """How the shards of a source are read."""
+    return Reading(source_kind(source), REPRESENTATIONS[data.image.representation], None if data.index_dir is None else Path(data.index_dir))
 
 
-def build_all(
-    shards: Sequence[Shard], kind: str, latents: bool, tokenizer: tuple[str, TokenizerConfig] | None, workers: int
-) -> Iterator[tuple[Shard, ShardIndex, int | None]]:
-    """(shard, index, text tokens) of every shard in order, built where they are not there yet, by that many processes.
+def measure_shards(
+    shards: Sequence[Shard], how: Reading, tokenizer: Tokenizer | None, workers: int = 1, tokenizer_source: tuple[str, TokenizerConfig] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> MeasuredShards:  # fmt: skip
+    """Index shards and tokenise their texts, by that many processes, but for those that the manifests know.
 
-    tokenizer: path and config, as `tokenizer_at` takes them; without it no text is tokenised. Raises UserError for the first damaged shard.
+    tokenizer_source: what `tokenizer_at` takes, for processes of their own to make the tokenizer from. Raises UserError for the first damaged shard
+    and where there is no place to keep an index.
     """
-    if workers <= 1:
-        _start_worker(tokenizer)
-        yield from (_build_one(shard, kind, latents) for shard in shards)
+    measures: list[Measure] = [how.index, *([how.tokens(tokenizer)] if tokenizer else [])]
+    folders = by_folder(shards)
+    found = look_up(folders, _stats(shards), measures, how.index_dir)
+    missing = sorted({number for known in found for number, folder in enumerate(known.folders) if folder is None})
+    new: dict[tuple[Path, Measure], list] = {}
+    try:
+        for done, places in enumerate(_measure([shards[n] for n in missing], how, tokenizer, tokenizer_source, workers), 1):
+            for known, measure, (folder, row) in zip(found, measures, places, strict=True):
+                known.put(missing[done - 1], folder, row)
+                new.setdefault((folder, measure), []).append(row)
+            progress(done, len(missing))
+    finally:  # what was measured before an interrupt need not be looked for again
+        for (folder, measure), rows in new.items():
+            add_to_manifest(folder / measure.manifest, measure, rows)
+    indexes, *tokens = found
+    return MeasuredShards(folders, tuple(shards), _files(indexes, parse_index), _files(tokens[0], parse_tokens) if tokens else None)
+
+
+def index_shard(shard: Shard, how: Reading) -> ShardIndex:
+    """The index of one shard, read from its file or built and kept there. Raises UserError when the tar is damaged."""
+    folder, row = _index_one(shard, stat_of(shard), how)
+    return ShardFiles([folder], Table.of(type(row), [row]), parse_index)[0]
+
+
+def tokens_of_shard(shard: Shard, index: ShardIndex, how: Reading, tokenizer: Tokenizer) -> TokenCache:
+    """The token ids of an indexed shard, from their file or tokenised and kept there. Raises UserError where they cannot be kept."""
+    folder, row = _tokenize_one(shard, stat_of(shard), index, how, tokenizer)
+    return ShardFiles([folder], Table.of(type(row), [row]), parse_tokens)[0]
+
+
+def stat_of(shard: Shard) -> Stat:
+    """The shard's size and time as they are now."""
+    return Stat(*state(shard))
+
+
+def parse_index(file: ArrayFile, path: Path) -> ShardIndex:
+    """The index in a mapped file."""
+    return ShardIndex(**file.arrays, suffixes=tuple(file.about["suffixes"]), bad=tuple(map(tuple, file.about["bad"])))
+
+
+def parse_tokens(file: ArrayFile, path: Path) -> TokenCache:
+    """The token cache in a mapped file; its ids are read through a descriptor."""
+    return TokenCache(path, file.offsets["ids"], file.arrays["ids"].dtype, file.arrays["counts"], file.arrays["start"])
+
+
+def _source(config: SourceConfig, number: int, data: DataConfig, found: MeasuredShards) -> IndexedSource:
+    folders, shards, indexes, tokens = found
+    assert tokens is not None
+    kept = {}
+    lengths = list(indexes.rows.columns["documents"])
+    for parent, (places, names) in folders.items():
+        excluded = excluded_keys(parent, reading(config, data).index_dir)
+        for place, name in zip(places, names, strict=True) if excluded else ():
+            if name in excluded:
+                kept[place] = kept_rows(indexes[place], excluded[name])
+                lengths[place] = len(kept[place])
+    source = IndexedSource(config, number, shards, indexes, tokens, kept, tuple(itertools.accumulate(lengths, initial=0)))
+    if not len(source):
+        bad = source.bad()
+        why = f"; the first of {len(bad)} unusable samples is {bad[0][0]}: {bad[0][1]}" if bad else ""
+        raise UserError(f"{source.name}: {len(shards)} shards without a usable sample{why}")
+    return source
+
+
+def _files(known: Known, parse: Callable) -> ShardFiles:
+    return ShardFiles([folder for folder in known.folders if folder is not None], known.rows, parse)
+
+
+def _stats(shards: Sequence[Shard]) -> tuple[list[int], list[int | str]]:
+    """Sizes and times."""
+    sizes, times = list[int](), list[int | str]()
+    for shard in shards:
+        size, time = state(shard)
+        sizes.append(size)
+        times.append(time)
+    return sizes, times
+
+
+def _measure(
+    shards: Sequence[Shard], how: Reading, tokenizer: Tokenizer | None, tokenizer_source: tuple[str, TokenizerConfig] | None, workers: int
+) -> Iterator[list[tuple[Path, Any]]]:
+    """(folder, row) of the index of each shard and, with a tokenizer, of its tokens, in order; by processes where there are several of both."""
+    if min(workers, len(shards)) <= 1 or (tokenizer is not None and tokenizer_source is None):
+        yield from (_measure_one(shard, how, tokenizer) for shard in shards)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_start_worker, initargs=(tokenizer,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_start_worker, initargs=(tokenizer_source,)) as pool:
         try:
-            yield from pool.map(_build_one, shards, [kind] * len(shards), [latents] * len(shards))
+            yield from pool.map(_measure_in_worker, shards, [how] * len(shards))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -108,37 +198,60 @@ def build_all(
 _tokenizer: Tokenizer | None = None
 
 
-def _start_worker(tokenizer: tuple[str, TokenizerConfig] | None) -> None:
+def _start_worker(tokenizer_source: tuple[str, TokenizerConfig] | None) -> None:
     global _tokenizer
-    _tokenizer = None if tokenizer is None else tokenizer_at(*tokenizer)
+    _tokenizer = None if tokenizer_source is None else tokenizer_at(*tokenizer_source)
 
 
-def _build_one(shard: Shard, kind: str, latents: bool) -> tuple[Shard, ShardIndex, int | None]:
-    index = index_shard(shard, kind, latents)
-    if _tokenizer is None:
-        return shard, index, None
-    return shard, index, int(tokens_of_shard(shard, index, kind, latents, _tokenizer).start[-1])
+def _measure_in_worker(shard: Shard, how: Reading) -> list[tuple[Path, Any]]:
+    return _measure_one(shard, how, _tokenizer)
 
 
-def _name(shard: Shard, what: str, *depends_on: object) -> str:
-    known = repr((VERSION, shard.name, *state(shard), *depends_on))
-    return f"{shard.stem}.{digest(known)}.{what}"
+def _measure_one(shard: Shard, how: Reading, tokenizer: Tokenizer | None) -> list[tuple[Path, Any]]:
+    stat = stat_of(shard)
+    index = _index_one(shard, stat, how)
+    if tokenizer is None:
+        return [index]
+    return [index, _tokenize_one(shard, stat, ShardFiles([index[0]], Table.of(IndexRow, [index[1]]), parse_index)[0], how, tokenizer)]
 
 
-def _keep(shard: Shard, name: str, arrays: Mapping[str, np.ndarray]) -> Path | None:
-    """The path of the file written; None where no folder takes it."""
-    for folder in index_folders(shard):
-        try:
-            write_arrays(folder / name, arrays)
-            return folder / name
-        except OSError as error:
-            logger.info("%s: nothing can be kept there (%s)", folder, error)
+def _index_one(shard: Shard, stat: Stat, how: Reading) -> tuple[Path, IndexRow]:
+    kept = _kept(shard, stat, how, how.index)
+    if kept is not None:
+        return kept
+    index = build_index(shard, how.kind, how.latents)
+    images, text_bytes = int((index.kinds == IMAGE_PIECE).sum()), int(index.text_bytes.sum())
+    row = IndexRow(shard.name, *stat, how.index.file(shard, stat), index.digest(), len(index), len(index.bad), images, text_bytes)
+    arrays = {field.name: getattr(index, field.name) for field in fields(index) if field.name not in TABLES}
+    return _keep(shard, how, row, arrays, {name: getattr(index, name) for name in TABLES})
+
+
+def _tokenize_one(shard: Shard, stat: Stat, index: ShardIndex, how: Reading, tokenizer: Tokenizer) -> tuple[Path, TokensRow]:
+    measure = how.tokens(tokenizer)
+    kept = _kept(shard, stat, how, measure)
+    if kept is not None:
+        return kept
+    arrays = build_tokens(shard, index, how.kind, how.latents, tokenizer)
+    row = TokensRow(shard.name, *stat, measure.file(shard, stat), counts_digest(arrays["counts"]), int(arrays["start"][-1]))
+    return _keep(shard, how, row, arrays, {})
+
+
+def _kept(shard: Shard, stat: Stat, how: Reading, measure: Measure) -> tuple[Path, Any] | None:
+    """A file that no manifest knows, for the process that wrote it was interrupted, or another wrote the manifest at the same time."""
+    for folder in index_folders(shard.parent, how.index_dir):
+        about = read_about(folder / measure.file(shard, stat))
+        if about is not None:
+            return folder, measure.row(**about["row"])
     return None
 
 
-def _open_tokens(path: Path) -> TokenCache:
-    entries = read_entries(path)
-    if entries is None:
-        raise UserError(f"{path}: it was there a moment ago; is something deleting the index while it is in use?")
-    ids = entries.pop("ids")
-    return TokenCache(path, ids.offset, np.dtype(ids.dtype), **read_arrays(path, entries))
+def _keep(shard: Shard, how: Reading, row: Any, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> tuple[Path, Any]:
+    """(folder, row) of the file written. Raises UserError where no folder takes it."""
+    problems = []
+    for folder in index_folders(shard.parent, how.index_dir):
+        try:
+            write_arrays(folder / row.file, arrays, {"row": row._asdict(), **about})
+            return folder, row
+        except OSError as error:
+            problems.append(f"{folder} ({error.strerror or error})")
+    raise UserError(f"{shard}: its index can be kept in none of {', '.join(problems)}; make room there, or set data.index_dir (`data index --out`)")

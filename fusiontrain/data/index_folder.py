@@ -1,4 +1,4 @@
-"""Where what is known about a shard is kept."""
+"""Where what is known about the shards of a folder is kept."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 import tempfile
 from pathlib import Path
 
-from fusiontrain.data.storage.shard import Shard, digest, user_cache
+from fusiontrain.data.storage.shard import digest, user_cache
 
 FOLDER = ".fusiontrain-index"
 
 
-def index_folders(shard: Shard) -> tuple[Path, ...]:
-    """Of a local file the folder beside it, and the one for shards whose own folder cannot be written; of others one in `data.storage.index_dir`."""
-    parent = shard.parent
-    if not isinstance(shard, Path) and isinstance(parent, str):
-        root = Path(shard.settings.index_dir) if shard.settings.index_dir else user_cache() / "index"
-        return (root / digest(parent),)
-    parent = Path(parent)
-    where = digest(str(parent.resolve()))
-    return parent / FOLDER, Path(tempfile.gettempdir()) / f"fusiontrain-index-{os.getuid()}" / where
+def index_folders(shards: Path | str, index_dir: Path | None = None) -> tuple[Path, ...]:
+    """Where to look, and then to write, for the shards of the folder `shards`: `index_dir` if it is given; else beside the shards, or in the
+    temporary folder where that cannot be written. For shards that are not local (a string) it is a folder of the user's cache."""
+    if isinstance(shards, str):
+        return ((index_dir or user_cache() / "index") / digest(shards),)
+    where = digest(str(shards.resolve()))
+    if index_dir is not None:
+        return (index_dir / f"{shards.resolve().name}-{where}",)
+    return shards / FOLDER, Path(tempfile.gettempdir()) / f"fusiontrain-index-{os.getuid()}" / where

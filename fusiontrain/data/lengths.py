@@ -26,8 +26,8 @@ def mixed_source(source: IndexedSource, data: DataConfig) -> MixedSource:
     config = source.config
     scale = Fraction(1)
     if data.mix_by == "tokens":
-        shards = zip(source.indexes, source.tokens, source.rows, strict=True)
-        scale = Fraction(len(source), sum(num_tokens(index, tokens.counts, rows, data) for index, tokens, rows in shards))
+        shards = range(len(source.shards))
+        scale = Fraction(len(source), sum(num_tokens(source.indexes[n], source.tokens[n].counts, source.rows(n), data) for n in shards))
     schedule = ((0, config.weight), *config.weight_schedule)
     # 0.1 is a tenth, not the float nearest to it. Where the schedule begins at 0 it replaces the weight.
     weights = {place: Fraction(str(weight)) * scale for place, weight in schedule}

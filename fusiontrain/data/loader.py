@@ -1,25 +1,30 @@
-"""The plan carried out: read, decode, collate, a few steps ahead of the trainer."""
+"""The plan carried out, some steps ahead of the trainer, by threads or processes that it never shows."""
 
 from __future__ import annotations
 
-from collections import deque
+import functools
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from fusiontrain.config.schema import Config
-from fusiontrain.data.collate import collate
-from fusiontrain.data.documents import build_document
-from fusiontrain.data.errors import BadSample, BadSampleLog
-from fusiontrain.data.formats.pieces import Piece, Sample
-from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, member_reader
+from fusiontrain.data.arena import Arena
+from fusiontrain.data.batch_arrays import most_bytes
+from fusiontrain.data.collate import to_batch
+from fusiontrain.data.errors import BadSampleLog
+from fusiontrain.data.execute.ahead import Ahead, MicroBatch
+from fusiontrain.data.execute.build import Builder, Built
+from fusiontrain.data.execute.job import Job, make_job
+from fusiontrain.data.execute.processes import Workers
+from fusiontrain.data.execute.ring import Ring
 from fusiontrain.data.index_cache import index_sources
-from fusiontrain.data.plan import Anchor, Plan, PlannedDocument, PlannedSequence, check_world_size
+from fusiontrain.data.plan import Anchor, Plan, check_world_size
 from fusiontrain.data.plan_fields import fingerprint, plan_fields
-from fusiontrain.data.shards import OpenShards
 from fusiontrain.data.tokenizer import Tokenizer
-from fusiontrain.types import Batch, Document, PackedSequence
+from fusiontrain.types import Batch
 from fusiontrain.utils.errors import UserError
 
 
@@ -50,9 +55,10 @@ class Loader:
     """The batches of one rank. split: "train" (endless) or "validation" (each document once).
 
     `fields` names what the order depends on and `fingerprint` is their hash; `skipped` counts bad samples met so far by this rank.
+    workers: processes of another loader, for `data.executor: processes`; who made them closes them. By default this loader has its own.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, split: str, rank: int, world_size: int) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, split: str, rank: int, world_size: int, workers: Workers | None = None) -> None:
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
         check_world_size(config.train.global_batch_sequences, world_size)
         training = split == "train"
@@ -64,8 +70,10 @@ class Loader:
         # The first rank names and counts what indexing found; all judge it, so that all stop together.
         bad_in_index = self._judge_index(quietly=rank > 0)
         self._bad_in_index = bad_in_index if rank == 0 else 0
-        self._shards = OpenShards()
-        self._pools: list[ThreadPoolExecutor] = []
+        self.builder = Builder(self.sources, config.data, tokenizer)
+        self._owns_workers = workers is None
+        self.workers = workers or Workers(config.data.num_workers)
+        self._runs: list[Ahead] = []
 
     @property
     def skipped(self) -> int:
@@ -75,8 +83,8 @@ class Loader:
         """This rank's micro-batches of the steps from `start` on, and the state after each.
 
         start: a step, or the state after the last step that was used; from a state even a late step is found at once.
-        `data.num_workers` threads build up to `data.prefetch_batches` steps ahead, in order. A sample that turns out bad leaves padding in
-        its place. Raises UserError when too many are.
+        `data.num_workers` threads or processes build the steps ahead, as many as fit into `data.prefetch_bytes`. A sample that turns out bad
+        leaves padding in its place. Raises UserError when too many are, and when a worker process dies.
         """
         if isinstance(start, LoaderState):
             if start.step and start.data_step != self.plan.data_step(start.step - 1) + 1:
@@ -87,36 +95,84 @@ class Loader:
             self.plan.begin_at(Anchor(start.window, start.sequence))
             start = start.step
         build_all = self._build_in_turn if self.config.data.num_workers == 0 else self._build_ahead
-        for step, batches in enumerate(build_all(start), start + 1):
+        step = start
+        for found in build_all(start):
+            step += 1
+            batches = tuple(self._used(built, step) for built in found)
+            del found
             yield batches, self._state(step)
+            del batches  # or its memory would still be taken when the next step is asked for
 
     def close(self) -> None:
-        """Stop the threads and close the shards. Open iterators are over; the loader may be iterated anew."""
-        while self._pools:
-            self._pools.pop().shutdown(wait=True, cancel_futures=True)
-        self._shards.close()
+        """End threads and processes and close the shards. Open iterators are over; the loader may be iterated anew."""
+        for run in self._runs:
+            run.stop()
+        if self._owns_workers:
+            self.workers.kill()
+        while self._runs:
+            self._end(self._runs[-1])
+        if self._owns_workers:
+            self.workers.close()
+        self.builder.close()
 
-    def _build_in_turn(self, step: int) -> Iterator[tuple[Batch, ...]]:
-        while (batches := self._build(step)) is not None:
-            yield batches
+    def _build_in_turn(self, step: int) -> Iterator[list[Built]]:
+        while (micro_batches := self._micro_batches(step)) is not None:
+            yield [self.builder.build(sequences) for sequences in micro_batches]
             step += 1
 
-    def _build_ahead(self, step: int) -> Iterator[tuple[Batch, ...]]:
-        """The same steps in the same order, built by threads while the trainer is at work. An error in a thread is raised here."""
-        data = self.config.data
-        pool = ThreadPoolExecutor(data.num_workers, thread_name_prefix="loader")
-        self._pools.append(pool)
+    def _build_ahead(self, step: int) -> Iterator[list[Built]]:
+        data, train = self.config.data, self.config.train
+        share = train.global_batch_sequences // self.world_size
+        size = train.micro_batch_sequences or share
+        build = self._build_in_thread if data.executor == "threads" else self._build_in_process
+        run = Ahead(
+            self._micro_batches, build, -(-share // size), most_bytes(size, data), data.prefetch_bytes, data.num_workers, torch.cuda.is_available()
+        )
+        self._runs.append(run)
         try:
-            waiting: deque[Future[tuple[Batch, ...] | None]] = deque(pool.submit(self._build, step + ahead) for ahead in range(data.prefetch_batches))
-            step += data.prefetch_batches
-            while (batches := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(self._build, step))
-                step += 1
-                yield batches
+            yield from run.steps(step)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            if pool in self._pools:
-                self._pools.remove(pool)
+            self._end(run)
+
+    def _end(self, run: Ahead) -> None:
+        if run in self._runs:
+            self._runs.remove(run)
+            run.close()
+            self.workers.forget(run.ring)
+            if not self._runs:
+                self.builder.close()  # the files of threads that are gone
+
+    def _build_in_thread(self, sequences: MicroBatch, ring: Ring) -> tuple[Built, np.ndarray]:
+        _, memory = ring.lease()
+        return self.builder.build(sequences, Arena(memory).allocate), memory
+
+    def _build_in_process(self, sequences: MicroBatch, ring: Ring) -> tuple[Built, np.ndarray]:
+        return self.workers.build(self._job, sequences, ring)
+
+    @functools.cached_property
+    def _job(self) -> Job:
+        return make_job(self.sources, self.config.data, self.tokenizer)
+
+    def _used(self, built: Built, step: int) -> Batch:
+        """A micro-batch that the trainer takes: only now its documents are counted, so that no count depends on what was built ahead.
+
+        Raises UserError where too many are bad.
+        """
+        for verdict in built.verdicts:
+            if verdict is None:
+                self.log.good()
+            else:
+                self.log.add(verdict.ref, verdict.error, step=step if self.plan.training else 0, offset=verdict.offset)
+        return to_batch(built.arrays)
+
+    def _micro_batches(self, step: int) -> list[MicroBatch] | None:
+        """This rank's sequences of a step, as they are collated together; None behind the last step of a validation."""
+        data_step = self.plan.data_step(step)
+        if not self.plan.training and not self.plan.step(data_step):
+            return None
+        share = self.plan.share(data_step, self.rank, self.world_size)
+        size = self.config.train.micro_batch_sequences or len(share)
+        return [share[first : first + size] for first in range(0, len(share), size)]
 
     def _state(self, step: int) -> LoaderState:
         # Not the data step of the next step: after a jump that one may not have been planned yet, so ranks would differ.
@@ -132,46 +188,3 @@ class Loader:
             for ref, reason in source.bad():
                 log.add(ref, reason, quietly)
         return log.bad
-
-    def _build(self, step: int) -> tuple[Batch, ...] | None:
-        data_step = self.plan.data_step(step)
-        if not self.plan.training and not self.plan.step(data_step):
-            return None
-        share = self.plan.share(data_step, self.rank, self.world_size)
-        sequences = [self._read(sequence, step + 1 if self.plan.training else 0) for sequence in share]
-        size = self.config.train.micro_batch_sequences or len(sequences)
-        return tuple(collate(sequences[first : first + size], self.config.data) for first in range(0, len(sequences), size))
-
-    def _read(self, sequence: PlannedSequence, step: int = 0) -> PackedSequence:
-        documents = (self._document(document, step) for document in sequence.documents)
-        kept = tuple(document for document in documents if document is not None)
-        return PackedSequence(kept, self.config.data.sequence_length, sequence.noise_key)
-
-    def _document(self, planned: PlannedDocument, step: int) -> Document | None:
-        source = self.sources[planned.source]
-        shard, row = source.locate(planned.sample)
-        ref = source.ref(planned.sample)
-        members = source.indexes[shard].members(row)
-        try:
-            sample = self._sample(source, shard, row, list(members))  # first: it may close the shard's file
-            read = member_reader(members, self._shards.file(source.shards[shard]))
-            document = build_document(sample, read, planned.places, planned.cut, self.config.data, self.tokenizer, ref)
-        except BadSample as error:
-            self.log.add(ref, error, step=step, offset=min(member.offset for member in members.values()))
-            return None
-        self.log.good()
-        return document
-
-    def _sample(self, source: IndexedSource, shard: int, row: int, suffixes: list[str]) -> Sample:
-        """The sample's pieces from the index and the token cache: neither its json nor its text is read again."""
-        index, tokens = source.indexes[shard], source.tokens[shard]
-        pieces = index.pieces(row)
-        ids = tokens.read(self._shards.file(tokens.path), row).tolist()
-        found, first = [], 0
-        for kind, count, member in zip(index.kinds[pieces].tolist(), tokens.counts[pieces].tolist(), index.image_members[pieces].tolist(), strict=True):
-            if kind == IMAGE_PIECE:
-                found.append(Piece(image=suffixes[member]))
-            else:
-                found.append(Piece(token_ids=ids[first : first + count]))
-                first += count
-        return Sample(tuple(found), bool(index.is_pair[row]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from fusiontrain.config.schema import Config, DataConfig
 from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.pieces import REPRESENTATIONS
 from fusiontrain.data.formats.read import read_sample, source_kind
 from fusiontrain.data.index import member_reader
 from fusiontrain.data.plan import Plan, PlannedDocument, PlannedSequence
@@ -50,7 +52,7 @@ def _document(planned: PlannedDocument, plan: Plan, config: Config, tokenizer: T
     try:
         members = source.indexes[shard].members(row)
         read = member_reader(members, shards.file(source.shards[shard]))
-        sample = read_sample(source_kind(source.config), members, read, config.data.image.representation == "latents")
+        sample = read_sample(source_kind(source.config), members, read, REPRESENTATIONS[config.data.image.representation])
         document = build_document(sample, read, planned.places, planned.cut, config.data, tokenizer, ref)
     except BadSample as error:
         return about | {"bad": str(error), "files": []}
@@ -64,7 +66,7 @@ def _write(document: Document, data: DataConfig, tokenizer: Tokenizer, out: Path
         stem = f"{name}/{number:02d}"
         if segment.token_ids is not None:
             files.append(f"{stem}.txt")
-            (out / files[-1]).write_text(tokenizer.decode(segment.token_ids.tolist()), encoding="utf-8")
+            (out / files[-1]).write_text(_spelled(segment.token_ids.tolist(), tokenizer), encoding="utf-8")
         elif data.image.representation == "latents":
             files.append(f"{stem}.npy")
             np.save(out / files[-1], _maps(segment, data))
@@ -73,6 +75,12 @@ def _write(document: Document, data: DataConfig, tokenizer: Tokenizer, out: Path
             pixels = (_maps(segment, data).transpose(1, 2, 0) + 1) * 127.5
             Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(out / files[-1])
     return files
+
+
+def _spelled(token_ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of the ids, with the codes of images, which no tokenizer knows, as numbers in brackets."""
+    runs = itertools.groupby(token_ids, lambda token: token >= tokenizer.vocab_size)
+    return "".join(f"[{' '.join(str(token - tokenizer.vocab_size) for token in run)}]" if codes else tokenizer.decode(list(run)) for codes, run in runs)
 
 
 def _maps(segment: Segment, data: DataConfig) -> np.ndarray:

@@ -8,6 +8,7 @@ that takes time to find out, so an `Anchor` in the resume state keeps that.
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 import threading
 from collections import OrderedDict
@@ -18,7 +19,7 @@ import numpy as np
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.balance import balance
-from fusiontrain.data.documents import Place, arrange, draw
+from fusiontrain.data.documents import Draws, Place, arrange, draw
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.index import IMAGE_PIECE, IndexedSource
 from fusiontrain.data.lengths import mixed_source, one_pass, patches
@@ -32,14 +33,15 @@ from fusiontrain.utils.keyed import hash_key
 
 logger = logging.getLogger(__name__)
 
-CACHED_DOCUMENTS = 16_384
+CACHED_DOCUMENTS, CACHED_SIZES = 16_384, 65_536
 PAIRS_PER_TOKEN = 24_576
 """Attended pairs of tokens that cost as much as one image token's own weights do: 6 x the width of the model, of 4,096 here."""
 
+NO_DRAWS = Draws(image_first=False, drop_condition=False)
 _WINDOW_DRAW, _NOISE_DRAW, _DOCUMENT_DRAW = 11, 12, 13
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedDocument:
     """A document of a sequence: where it comes from, what of it is shown, and its size in tokens.
 
@@ -106,6 +108,7 @@ class Plan:
         self._first_window, self._first_sequence = 0, [0]  # first_sequence[i]: of window first_window + i
         self._cache: OrderedDict[int, list[tuple[PlannedDocument, ...]]] = OrderedDict()
         self._lock = threading.Lock()
+        self._patches = functools.lru_cache(CACHED_SIZES)(lambda height, width: patches(height, width, self.data))
         if training:
             self._require_documents()
 
@@ -139,7 +142,7 @@ class Plan:
         """The sequences of every rank, in the order of the ranks."""
         sequences = self.step(step)
         sequences += [PlannedSequence(-1, 0, ())] * (self.sequences_per_step - len(sequences))
-        return [[sequences[i] for i in share] for share in balance([s.cost for s in sequences], world_size)]
+        return [[sequences[i] for i in share] for share in balance([(s.cost, s.image_tokens) for s in sequences], world_size)]
 
     def data_step(self, step: int) -> int:
         """The step of the data that a step of the training uses: the same, but for `data.from_step`."""
@@ -183,7 +186,7 @@ class Plan:
             first = window * self.data.pack_window_documents
             if all(self.mixture.given(n, first) >= len(source) for n, source in enumerate(self.sources)):
                 break
-            if self._pack(window):
+            if any(self._plan(window, *document, counts=False) for document in self.mixture.window(first, self.data.pack_window_documents)):
                 return
             window += 1
         raise UserError(f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate")
@@ -223,17 +226,17 @@ class Plan:
         order = feistel(np.arange(len(groups)), len(groups), self.seed, window, _WINDOW_DRAW)
         return [tuple(documents[i] for i in groups[g]) for g in order]
 
-    def _plan(self, window: int, source_number: int, epoch: int, sample: int) -> list[PlannedDocument]:
+    def _plan(self, window: int, source_number: int, epoch: int, sample: int, counts: bool = True) -> list[PlannedDocument]:
         """The documents that a sample of a window becomes, as the index knows it; none where it is left out, which is counted."""
         source = self.sources[source_number]
         shard, row = source.locate(sample)
         index = source.indexes[shard]
-        pieces = slice(int(index.piece_start[row]), int(index.piece_start[row + 1]))
+        pieces = index.pieces(row)
         kinds = index.kinds[pieces].tolist()
-        is_pair, first_visit = bool(index.is_pair[row]), window not in self._counted_windows
+        is_pair, first_visit = bool(index.is_pair[row]), counts and window not in self._counted_windows
         try:
             tokens = [
-                patches(height, width, self.data) if kind == IMAGE_PIECE else count
+                self._patches(height, width) if kind == IMAGE_PIECE else count
                 for kind, count, height, width in zip(
                     kinds, source.tokens[shard].counts[pieces].tolist(), index.heights[pieces].tolist(), index.widths[pieces].tolist(), strict=True
                 )
@@ -243,7 +246,9 @@ class Plan:
                 logger.warning("left out %s: %s", source.ref(sample), error)
             self.unfit += first_visit
             return []
-        draws = draw(self.data, source.config, (self.seed, epoch, source_number, sample, _DOCUMENT_DRAW), is_pair, self.training)
+        draws = NO_DRAWS  # a document of several images in an order of its own has nothing to draw
+        if is_pair or kinds.count(IMAGE_PIECE) == 1:
+            draws = draw(self.data, source.config, (self.seed, epoch, source_number, sample, _DOCUMENT_DRAW), is_pair, self.training)
         parts = arrange(kinds, tokens, is_pair, draws, self.data, self.begins)
         cut = not parts or parts[-1].cut
         if not parts or (cut and self.data.oversize == "drop"):

@@ -11,7 +11,7 @@ from fusiontrain.data.index import IndexedSource
 from fusiontrain.data.modalities.decoders import decode_path
 from fusiontrain.data.tokenizer import Tokenizer
 
-VERSION = 4
+VERSION = 5
 
 
 def plan_fields(config: Config, sources: Sequence[IndexedSource], tokenizer: Tokenizer) -> dict[str, str]:
@@ -41,16 +41,14 @@ def fingerprint(fields: dict[str, str]) -> str:
 
 def _source_fields(source: IndexedSource) -> dict[str, str]:
     """The mixing policy and the content of the index; the path may change, the samples may not."""
-    digest = hashlib.sha256()
-    for index, tokens, rows in zip(source.indexes, source.tokens, source.rows, strict=True):
-        lengths = (index.piece_start, index.kinds, tokens.counts, index.heights, index.widths)
-        for array in (index.key_start, index.key_bytes, index.is_pair, *lengths, index.sizes, index.crcs, rows):
-            digest.update(array.tobytes())
+    digests = [files.rows.columns["digest"] for files in (source.indexes, source.tokens)]
+    excluded = [(shard, rows.tolist()) for shard, rows in sorted(source.kept.items())]
+    content = hashlib.sha256(repr((digests, excluded)).encode())
     config = source.config
     return {
         "weight": repr(config.weight),
         "weight_schedule": repr(config.weight_schedule),
         "max_epochs": str(config.max_epochs),
         "image_first_probability": repr(config.image_first_probability),
-        "samples": digest.hexdigest(),
+        "samples": content.hexdigest(),
     }

@@ -38,18 +38,28 @@ def expand_shards(path: str, settings: StorageConfig | None = None) -> list[Shar
     if path.startswith(PIPE):
         return [PipeShard(command, settings) for command in _expand_braces(path.removeprefix(PIPE), NUMBERS)]
     names = [name.removeprefix("file://") for name in _expand_braces(path, BRACES)]
-    found: Sequence[Path | RemoteShard] = _remote(names, settings) if is_remote(names[0]) else _local(names)
+    found: Sequence[Path | RemoteShard] = _remote(names, settings) if is_remote(names[0]) else _local(names, SUFFIXES)
     if not found:
         raise UserError(f"{without_secrets(path)}: no .tar file or .jsonl there, compressed or not")
-    shards = sorted(set(found), key=lambda shard: os.fsencode(str(shard)))
+    by_name = {os.fsencode(str(shard)): shard for shard in found}
+    shards = [by_name[name] for name in sorted(by_name)]
     return [GzipShard(shard, settings) if str(shard).endswith(GZIP_SUFFIXES) else shard for shard in shards]
 
 
-def _local(names: list[str]) -> list[Path]:
+def expand_paths(path: str, suffixes: Sequence[str]) -> list[Path]:
+    """The local files that `path` means, of a folder those with one of the suffixes; sorted by bytes. Raises UserError as `expand_shards` does."""
+    found = _local(_expand_braces(path, BRACES), suffixes)
+    if not found:
+        raise UserError(f"{path}: no {' or '.join(suffixes)} file there")
+    by_name = {os.fsencode(shard): shard for shard in found}
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def _local(names: list[str], suffixes: Sequence[str]) -> list[Path]:
     shards: list[Path] = []
     for name in names:
         if Path(name).is_dir():
-            shards += [entry for entry in Path(name).iterdir() if entry.name.endswith(SUFFIXES)]
+            shards += [entry for entry in Path(name).iterdir() if entry.name.endswith(tuple(suffixes))]
         elif Path(name).is_file():  # before the glob: a name may hold brackets of its own
             shards.append(Path(name))
         elif glob.has_magic(name):

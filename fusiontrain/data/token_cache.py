@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,3 +38,8 @@ class TokenCache:
 def ids_dtype(vocab_size: int) -> np.dtype:
     """The narrowest of uint16 and uint32 that holds every id below `vocab_size`."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def counts_digest(counts: np.ndarray) -> str:
+    """A hash of the numbers of tokens, on which the plan depends; the ids follow from the texts and the tokenizer."""
+    return hashlib.sha256(counts.tobytes()).hexdigest()[:32]

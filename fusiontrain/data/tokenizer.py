@@ -10,6 +10,7 @@ from pathlib import Path
 import tokenizers
 
 from fusiontrain.config.schema import Config, TokenizerConfig
+from fusiontrain.modality import IMAGE
 from fusiontrain.utils.errors import UserError
 
 BYTES = "bytes"
@@ -41,9 +42,18 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if path is None:
         raise UserError("data.tokenizer.path: must be given where there is no model.base: a folder, a tokenizer.json, or 'bytes'")
     tokenizer = tokenizer_at(path, config.data.tokenizer)
+    if config.data.image.representation == "codes" and IMAGE.name in config.data.modalities:
+        _require_room_for_codes(config, tokenizer)
     if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size} tokens; raise it to that")
     return tokenizer
+
+
+def _require_room_for_codes(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless the model has a token for every code behind those of the tokenizer."""
+    vocab_size, needed = config.model.vocab_size, tokenizer.vocab_size + (config.data.image.codebook_size or 0)
+    if vocab_size is not None and vocab_size < needed:
+        raise UserError(f"model.vocab_size={vocab_size}: the tokenizer's {tokenizer.vocab_size} tokens and the codes of images need {needed}; raise it to that")
 
 
 def tokenizer_at(path: str, config: TokenizerConfig) -> Tokenizer:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 
 from fusiontrain.config.schema import Config, ModelConfig
+from fusiontrain.config.validate import uses_images
 from fusiontrain.models.fusion import FusionModel, Patcher
 from fusiontrain.models.init import init_weights
-from fusiontrain.models.kernels import choose_kernels, describe
+from fusiontrain.models.kernels import choose_kernels
 from fusiontrain.models.llama_weights import load_llama, read_llama_shape
 from fusiontrain.models.modalities.image import LinearPatcher
 from fusiontrain.models.modalities.unet import UNetPatcher
@@ -24,8 +24,6 @@ from fusiontrain.objectives.ddpm import Ddpm
 from fusiontrain.objectives.flow_matching import FlowMatching
 from fusiontrain.objectives.next_token import NextToken
 
-logger = logging.getLogger(__name__)
-
 CPU = torch.device("cpu")
 RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {"dense": dense, "transfusion": transfusion, "lmfusion": lmfusion}
 
@@ -37,12 +35,11 @@ def build_model(config: Config, device: torch.device = CPU) -> FusionModel:
     that is not a Llama folder and for kernels that cannot run there.
     """
     shape = read_llama_shape(config.model.base) if config.model.base else shape_from_config(config.model)
-    kernels, reasons = choose_kernels(config.kernels, shape, device, getattr(torch, config.parallel.precision))
-    logger.info("kernels on %s: %s", device.type, describe(kernels, reasons))
+    kernels = choose_kernels(config.kernels, shape, device, getattr(torch, config.parallel.precision))
     recipe = RECIPES[config.model.recipe](config.model)
     image: Patcher | None = None
     image_objective, codec, channels = None, None, 0
-    if "image" in config.data.modalities:
+    if uses_images(config):
         codec = LatentCodec(config.model.image.vae) if config.model.image.vae and config.data.image.representation == "pixels" else None
         patch_dim = config.data.image.channels * config.data.image.patch_size**2
         patch_dim, channels = (codec.latent_patch_dim(patch_dim), codec.channels) if codec else (patch_dim, config.data.image.channels)

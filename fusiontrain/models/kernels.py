@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,7 +25,7 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class Kernels:
-    """The implementation of each operator, by name. None of them is "auto"."""
+    """The implementation of each operator, by name, none of them "auto"; and `origin`, a line for the log: what was chosen and why."""
 
     attention: str
     gemm: str
@@ -33,6 +33,7 @@ class Kernels:
     rope: str
     swiglu: str
     cross_entropy: str
+    origin: str = field(default="", compare=False)
 
     @property
     def fuses_swiglu(self) -> bool:
@@ -40,13 +41,14 @@ class Kernels:
         return self.gemm == self.swiglu == "triton"
 
 
-def choose_kernels(config: KernelsConfig, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> tuple[Kernels, dict[str, str]]:
-    """The choices for a model of `shape` that computes in `dtype` on `device`, and by operator why.
+def choose_kernels(config: KernelsConfig, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The choices for a model of `shape` that computes in `dtype` on `device`.
 
     Raises UserError where an implementation that was asked for by name cannot run there; "auto" takes another one.
     """
     widths = _widths(shape)
-    names, reasons = {}, {}
+    names: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for key, operator in OPERATORS.items():
         own = getattr(config, key)
         asked, setting = (config.impl, f"kernels.impl={config.impl}") if own is None else (own, f"kernels.{key}={own}")
@@ -56,17 +58,18 @@ def choose_kernels(config: KernelsConfig, shape: ModelShape, device: torch.devic
             continue
         why_not = choices.obstacle(operator, asked, device, dtype, widths.get(key, ()))
         if why_not:
-            others = _usable(operator, device, dtype, widths.get(key, ()))
-            raise UserError(f"{setting}: {operator} cannot use it here: {why_not}; set kernels.{key} to auto or one of {', '.join(others)}")
+            others = ", ".join(_usable(operator, device, dtype, widths.get(key, ())))
+            advice = f"kernels.impl to auto, or kernels.{key} to one of {others}" if own is None else f"kernels.{key} to auto or one of {others}"
+            raise UserError(f"{setting}: {operator} cannot use it here: {why_not}; set {advice}")
         names[key], reasons[key] = asked, setting
-    return Kernels(**names), reasons
+    return Kernels(**names, origin=f"kernels on {device.type}: {_describe(names, reasons)}")
 
 
-def describe(kernels: Kernels, reasons: Mapping[str, str]) -> str:
-    """One line for the log: every choice and what it came from; choices with the same reason stand together."""
+def _describe(names: Mapping[str, str], reasons: Mapping[str, str]) -> str:
+    """Choices with the same reason stand together."""
     parts: dict[str, list[str]] = {}
-    for field in fields(kernels):
-        parts.setdefault(reasons[field.name], []).append(f"{field.name} {getattr(kernels, field.name)}")
+    for key, name in names.items():
+        parts.setdefault(reasons[key], []).append(f"{key} {name}")
     return "; ".join(f"{', '.join(chosen)} ({reason})" for reason, chosen in parts.items())
 
 
@@ -77,4 +80,4 @@ def _widths(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _usable(operator: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> list[str]:
-    return [name for name in choices.implementations(operator) if not choices.obstacle(operator, name, device, dtype, widths)]
+    return [name for name in choices.IMPLEMENTATIONS[operator] if not choices.obstacle(operator, name, device, dtype, widths)]

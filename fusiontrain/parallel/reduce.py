@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from fusiontrain.utils.errors import UserError
 
 T = TypeVar("T")
+
+SECONDS_BETWEEN_MEETINGS = 5.0
 
 
 def sum_integers(values: Sequence[int]) -> list[int]:
@@ -74,6 +77,27 @@ def on_main(function: Callable[[], T]) -> T:
     if holder[1] is not None:
         raise UserError(holder[1])
     return holder[0]
+
+
+def at_length(function: Callable[[], None], chosen: bool) -> None:
+    """Run what may take hours on the ranks that are `chosen`; the others wait for them. A UserError of one is raised on all.
+
+    All ranks meet every few seconds meanwhile, so nobody waits longer than the group's timeout for a rank that has died.
+    """
+    if not dist.is_initialized():
+        if chosen:
+            function()
+        return
+    with ThreadPoolExecutor(1) as pool:
+        running = [pool.submit(function)] if chosen else []
+        while sum_integers([len(wait(running, timeout=SECONDS_BETWEEN_MEETINGS).not_done)])[0]:
+            pass
+    errors = [future.exception() for future in running]
+    problems = [text for text in gather_objects(next((str(error) for error in errors if isinstance(error, UserError)), None)) if text is not None]
+    if problems:
+        raise UserError(problems[0])
+    for error in filter(None, errors):
+        raise error
 
 
 def barrier() -> None:

@@ -58,3 +58,30 @@ def write_shards(folder: Path, shards: int = 2, samples: int = 12) -> str:
     for shard in range(shards):
         write_shard(folder / f"shard-{shard:03d}.tar", mixed_samples(samples, shard * samples), prefix=f"s{shard}")
     return str(folder)
+
+
+def write_photo_shards(folder: Path, shards: int, samples: int, side: int, images: int = 3) -> str:
+    """Interleaved documents as a corpus has them: 100 to 600 words and 1 to 2 * images - 1 JPEGs that are as large as photographs are."""
+    generator = np.random.default_rng(0)
+    words = ["".join(chr(97 + letter) for letter in generator.integers(0, 26, length)) for length in generator.integers(2, 10, 2000)]
+    pool = [_photo(generator, side) for _ in range(64)]
+    for shard in range(shards):
+        documents = []
+        for _ in range(samples):
+            texts, pictures = list[str | None](), list[bytes | None]()
+            for _ in range(generator.integers(1, 2 * images)):
+                picked = generator.integers(0, len(words), generator.integers(100, 600) // images)
+                texts += [" ".join(words[word] for word in picked), None]
+                pictures += [None, pool[generator.integers(0, len(pool))]]
+            documents.append(interleaved(texts, pictures))
+        write_shard(folder / f"shard-{shard:03d}.tar", documents, prefix=f"s{shard}")
+    return str(folder)
+
+
+def _photo(generator: np.random.Generator, side: int) -> bytes:
+    """Smooth colours with some noise: about 15 kB at 256 x 256."""
+    coarse = Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    noisy = np.asarray(coarse, np.int16) + generator.integers(-12, 13, (side, side, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, format="JPEG", quality=75)
+    return buffer.getvalue()

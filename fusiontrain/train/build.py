@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import file_problems
+from fusiontrain.data.index_cache import prepare_sources
 from fusiontrain.data.loader import Loader
+from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
-from fusiontrain.parallel.reduce import barrier, gather_objects, on_main
+from fusiontrain.parallel.reduce import at_length, barrier, gather_objects, on_main
 from fusiontrain.train.checkpoint import (
     CONFIG,
     DamagedCheckpoint,
@@ -58,12 +60,19 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     """
     set_threads(config.train.threads, ranks)
     tokenizer = load_tokenizer(config)
-    loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
+    index_first(config, ranks, reporter)
+    loader: Loader | StreamLoader
+    if config.data.mode == "stream":
+        loader = StreamLoader(config, tokenizer, ranks.rank, ranks.world_size)
+    else:
+        loader = Loader(config, tokenizer, "train", ranks.rank, ranks.world_size)
     require_same_data_on_ranks(gather_objects(loader.fields))
     validation_loader = None
     if config.data.validation_sources:
-        validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size)
+        validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size, loader.workers if isinstance(loader, Loader) else None)
     model = build_model(config, ranks.device)
+    if ranks.is_main:
+        logger.info("%s", model.kernels.origin)
     embeddings = embedding_names(model)
     parameters = parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device)
     optimizer = build_optimizer(parameters, embeddings, config.optimizer)
@@ -77,6 +86,15 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
     return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer)
+
+
+def index_first(config: Config, ranks: Ranks, reporter: Reporter) -> None:
+    """Index what is not indexed yet on the main rank and then, for disks that machines do not share, on one rank of each machine.
+
+    So a corpus is never indexed by all ranks at once. Raises UserError on all ranks for a damaged shard.
+    """
+    for chosen in (ranks.is_main, ranks.local_rank == 0 and not ranks.is_main):
+        at_length(lambda: prepare_sources(config, reporter.indexing), chosen)
 
 
 def resume(

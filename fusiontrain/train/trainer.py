@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
+from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
+from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.fsdp import free_gathered
@@ -45,6 +47,9 @@ class TrainingDiverged(RuntimeError):
 
 class Reporter(Protocol):
     """Who tells a person how the run goes. The trainer itself prints nothing."""
+
+    def indexing(self, done: int, total: int) -> None:
+        """After every shard that is indexed before the run can start."""
 
     def started(self, step: int, steps: int, run_dir: Path) -> None: ...
 
@@ -78,7 +83,7 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.AdamW
     tokenizer: Tokenizer
-    loader: Loader
+    loader: Loader | StreamLoader
     validation_loader: Loader | None
     tensors: Tensors
     identity: Mapping[str, Any]
@@ -197,7 +202,7 @@ class Trainer:
     def _paint(self) -> None:
         """Paint the configured prompts if that is due. All ranks paint together, since each holds a part of the weights."""
         config = self.config
-        if not config.sample.prompts or "image" not in config.data.modalities:
+        if not config.sample.prompts or not uses_images(config):
             return
         if not (self._due(config.sample.every_steps) or self._is_last()):
             return

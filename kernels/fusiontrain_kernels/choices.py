@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 
 import torch
 
 from fusiontrain_kernels._launch import has_triton, interpreting
 
-PLAIN: Mapping[str, str] = {
-    "masked_routing_attention": "chunked",
-    "modality_gemm": "segments",
-    "rms_norm": "reference",
-    "rope": "reference",
-    "swiglu": "reference",
-    "linear_cross_entropy": "chunked",
+IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
+    "masked_routing_attention": ("chunked", "sdpa", "flex", "flash", "triton", "reference"),
+    "modality_gemm": ("segments", "grouped_mm", "triton", "reference"),
+    "rms_norm": ("reference", "triton"),
+    "rope": ("reference", "triton"),
+    "swiglu": ("reference", "triton"),
+    "linear_cross_entropy": ("chunked", "triton", "reference"),
 }
-"""Every operator, and its best implementation that needs PyTorch alone and runs everywhere."""
-
-
-def implementations(operator: str) -> tuple[str, ...]:
-    """The names that the operator's `impl` takes, without "auto"."""
-    return tuple(import_module(f"fusiontrain_kernels.{operator}")._IMPLEMENTATIONS)
+"""Every operator, and the names that its `impl` takes besides "auto". The first needs PyTorch alone and runs everywhere."""
 
 
 def obstacle(operator: str, name: str, device: torch.device, dtype: torch.dtype = torch.float32, widths: Sequence[int] = ()) -> str | None:
@@ -35,11 +30,12 @@ def obstacle(operator: str, name: str, device: torch.device, dtype: torch.dtype 
 
 
 def best(operator: str, device: torch.device, dtype: torch.dtype = torch.float32, widths: Sequence[int] = ()) -> tuple[str, str]:
-    """What "auto" stands for on a device, and why, in a few words: triton on a GPU where it can run, else the best plain one."""
+    """What "auto" stands for on a device, and why, in a few words: triton on a GPU where it can run, else the first."""
+    plain = IMPLEMENTATIONS[operator][0]
     if device.type != "cuda":
-        return PLAIN[operator], f"the best on {device.type}"
+        return plain, f"the best on {device.type}"
     why_not = obstacle(operator, "triton", device, dtype, widths)
-    return (PLAIN[operator], f"triton cannot: {why_not}") if why_not else ("triton", "the best on cuda")
+    return (plain, f"triton cannot: {why_not}") if why_not else ("triton", "the best on cuda")
 
 
 def _triton(operator: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
@@ -64,5 +60,23 @@ def _grouped_mm(operator: str, device: torch.device, dtype: torch.dtype, widths:
     return f"rows of {uneven[0]} {str(dtype).removeprefix('torch.')} numbers are no multiple of 16 bytes" if uneven else None
 
 
-_OBSTACLES: Mapping[str, Callable[[str, torch.device, torch.dtype, Sequence[int]], str | None]] = {"triton": _triton, "grouped_mm": _grouped_mm}
+def _flex(operator: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
+    return "torch's flex_attention has no gradient on the CPU" if device.type == "cpu" else None
+
+
+def _flash(operator: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
+    """What the mask must be like shows at the first batch only."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn computes in bfloat16 or float16 on a GPU, not in {str(dtype).removeprefix('torch.')} on {device.type}"
+    return None
+
+
+_OBSTACLES: Mapping[str, Callable[[str, torch.device, torch.dtype, Sequence[int]], str | None]] = {
+    "triton": _triton,
+    "grouped_mm": _grouped_mm,
+    "flex": _flex,
+    "flash": _flash,
+}
 """By implementation. Those that are not named here run everywhere."""

@@ -58,7 +58,7 @@ def fails_with(capsys, *argv: str) -> str:
         (["data", "index", "nowhere"], "nowhere"),
         (["data", "make-world", "world", "--documents", "1"], "at least 2"),
         (["data", "make-world", "."], "not a demo world"),
-        (["data", "inspect", "shards", "--sample", "99"], "fewer usable samples"),
+        (["data", "inspect", "shards", "--sample", "99"], "the shards hold 8 samples, counted from 0"),
     ],
 )
 def test_one_sentence_and_exit_code_2(config_file, capsys, argv, message):

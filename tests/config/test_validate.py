@@ -21,6 +21,7 @@ train: {steps: 10, global_batch_sequences: 12}
 optimizer: {warmup_steps: 1}
 sample: {prompts: [a circle]}
 """
+DENSE, CODES = "model.recipe=dense", "data.image={representation: codes, codebook_size: 9}"
 BASE = "model={recipe: lmfusion, base: llama}"
 
 
@@ -48,6 +49,10 @@ def path(tmp_path: Path) -> Path:
         (["data.image.resize=native", "data.image.min_tokens=40", "data.image.max_tokens=32"], "data.image.min_tokens", "max_tokens=32"),
         (["data.image.resize=native", "data.image.min_tokens=4", "data.image.max_tokens=15"], "data.image.size", "16 patches"),
         (["data.image.resize=native", "data.image.min_tokens=4", "data.image.max_tokens=61"], "data.sequence_length", "61 patches"),
+        (["data.image.representation=codes", "data.image.codebook_size=9"], "data.image.representation", "transfusion needs pixels or latents"),
+        ([DENSE, CODES, "model.base=llama"], "data.image.representation", "tokens that no base has"),
+        ([DENSE, "data.image.representation=codes"], "data.image.codebook_size", "is not set"),
+        ([DENSE, CODES, "data.modalities=[text]"], "data.modalities", "needs ['text', 'image']"),
         (["data.image.channels=4"], "data.image.channels", "pixels have 3"),
         (["data.sequence_length=19"], "data.sequence_length", "16 patches"),
         (["model.image.unet_channels=12"], "model.image.unet_channels", "no multiple of 8"),
@@ -85,6 +90,7 @@ def test_one_wrong_thing(path: Path, overrides: list[str], key: str, word: str) 
         ["optimizer.warmup_steps=10"],
         ["model.num_heads=5", "model.head_dim=8"],
         ["model.recipe=dense", "data.modalities=[text]", "data.image.size=17"],
+        [DENSE, CODES, "data.image.size=17", "objective.image_weight=0", "sample.steps=2000"],
     ],
 )
 def test_right_things_are_let_through(path: Path, overrides: list[str]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fusiontrain.data.documents import Draws, Place, arrange, build_document, draw
 from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.pieces import REPRESENTATIONS
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -31,7 +32,7 @@ def built(members, draws=AS_IT_IS, kind="auto", **overrides):
     """The document of a sample whose pieces are measured here, as the index would."""
     config = tiny_config(overrides)
     tokenizer = load_tokenizer(config)
-    latents = config.data.image.representation == "latents"
+    latents = REPRESENTATIONS[config.data.image.representation]
     sample = read_sample(kind, members, members.__getitem__, latents)
     kinds = [IMAGE_PIECE if piece.image else TEXT_PIECE for piece in sample.pieces]
     tokens = [4 if piece.image else len(tokenizer.encode(piece.text)) for piece in sample.pieces]

@@ -124,7 +124,7 @@ def test_one_of_several_captions_is_drawn_anew_for_each_visit(tmp_path):
     shown = collections.Counter()
     for step in range(120):
         for sequence in loader.plan.step(step):
-            for planned, document in zip(sequence.documents, loader._read(sequence).documents, strict=True):
+            for planned, document in zip(sequence.documents, loader.builder.read(sequence, []).documents, strict=True):
                 assert document.num_tokens == planned.num_tokens
                 text = "".join(tokenizer.decode([t for t in s.token_ids.tolist() if t < 256]) for s in document.segments if s.token_ids is not None)
                 shown[planned.sample, text] += 1
@@ -143,7 +143,7 @@ def test_the_mean_length_counts_the_mean_caption(tmp_path):
     config = tiny_config({"data.sources": [{"path": str(tmp_path)}]})
     (source,) = index_sources(config.data.sources, config.data, load_tokenizer(config))
     patches = (config.data.image.size // config.data.image.patch_size) ** 2
-    assert num_tokens(source.indexes[0], source.tokens[0].counts, source.rows[0], config.data) == (5 + 2 + patches + 2) + (4 + 2)
+    assert num_tokens(source.indexes[0], source.tokens[0].counts, source.rows(0), config.data) == (5 + 2 + patches + 2) + (4 + 2)
 
 
 # ---------------------------------------------------------------- the configuration

@@ -109,7 +109,7 @@ def test_lines_train_beside_tars_of_one_folder_each_once_per_epoch(tmp_path):
     seen = {}
     for step in range(40):
         for sequence in loader.plan.step(step):
-            for planned, document in zip(sequence.documents, loader._read(sequence).documents, strict=True):
+            for planned, document in zip(sequence.documents, loader.builder.read(sequence, []).documents, strict=True):
                 if planned.epoch == 0:
                     assert planned.sample not in seen
                     seen[planned.sample] = tokenizer.decode([t for s in document.segments for t in s.token_ids.tolist() if t < 256])
@@ -138,4 +138,4 @@ def test_the_commands_read_lines_too(tmp_path, capsys):
     assert main(["data", "index", str(tmp_path), "--text-key", "content", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text bytes"] == 5
     assert main(["data", "inspect", str(tmp_path), "--text-key", "content", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["0"] == "hello"
+    assert json.loads(capsys.readouterr().out)["pieces"] == [{"text": "hello"}]

@@ -77,7 +77,7 @@ def test_pages_keep_their_own_sizes_and_pixels_through_index_and_loader(tmp_path
     seen = 0
     for step in range(12):
         for sequence in loader.plan.step(step):
-            for document in loader._read(sequence).documents:
+            for document in loader.builder.read(sequence, []).documents:
                 if document.source.key in sets and len(sets[document.source.key]) > 1:
                     shown = [segment.values for segment in document.segments if segment.values is not None]
                     for values, image in zip(shown, sets[document.source.key], strict=True):
@@ -117,7 +117,7 @@ def test_a_tiff_of_other_pages_is_a_bad_sample(tmp_path, names, data, reason):
 def test_latents_are_no_pages():
     members = mint(TEXTS, NAMES, tiff(pictures(0, SIZES)))
     with pytest.raises(BadSample, match="representation=latents"):
-        read_sample("auto", members, members.__getitem__, True)
+        read_sample("auto", members, members.__getitem__, "latent.npy")
 
 
 def test_a_document_without_images_needs_no_tiff():

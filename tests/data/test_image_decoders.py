@@ -16,6 +16,8 @@ from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.modalities import decoders
 from fusiontrain.data.modalities.decoders import dct_scale, decode_path, decode_pixels
+from fusiontrain.data.modalities.image import image_size
+from fusiontrain.data.modalities.policy import grid_of
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.utils.errors import UserError
 
@@ -59,7 +61,7 @@ def fitted(image: Image.Image, size: int = 32) -> np.ndarray:
 
 def decibels(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal to noise ratio."""
-    return 10 * np.log10(255**2 / np.square(a.astype(float) - b).mean())
+    return 10 * np.log10(255**2 / max(np.square(a.astype(float) - b).mean(), 1e-9))
 
 
 KINDS = {
@@ -100,6 +102,19 @@ def test_a_stretched_picture_is_all_of_it(decoder):
     data = jpeg(picture(90, 40), **turned(6))
     expected = full(data).resize((32, 32), Image.Resampling.BICUBIC)
     assert np.array_equal(decode_pixels("jpg", data, policy(decoder, resize="stretch")), np.asarray(expected))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+@pytest.mark.parametrize("size", [(90, 40), (640, 150)])
+def test_a_turned_picture_has_the_native_grid_of_the_upright_one_which_the_index_knows(size, orientation, decoder):
+    data = jpeg(picture(*size), **turned(orientation))
+    config = policy(decoder, resize="native", min_tokens=4, max_tokens=64)
+    rows, columns = grid_of(*image_size("jpg", data), config)
+    assert (rows > columns) == (orientation >= 5)
+    found = decode_pixels("jpg", data, config)
+    assert found.shape == (4 * rows, 4 * columns, 3)
+    assert decibels(found, np.asarray(full(data).resize((4 * columns, 4 * rows), Image.Resampling.BICUBIC))) > LEAST_DECIBELS
 
 
 @pytest.mark.parametrize("turn", [1, 6])

@@ -96,13 +96,13 @@ SETTINGS_OF_LENGTHS = {
 def test_every_document_comes_once_per_epoch_and_its_length_was_known(shards, settings):
     loader = make_loader(shards, **settings)
     length = loader.config.data.sequence_length
-    seen = collections.Counter()
+    seen, verdicts = collections.Counter(), []
     for step in range(60):
         for sequence in loader.plan.step(step):
-            documents = loader._read(sequence).documents
+            documents = loader.builder.read(sequence, verdicts).documents
             assert [document.num_tokens for document in documents] == [planned.num_tokens for planned in sequence.documents]
             assert sum(document.num_tokens for document in documents) <= length
-            assert loader.skipped == 0
+            assert not any(verdicts)
             seen.update((planned.epoch, planned.sample) for planned in sequence.documents)
     assert set(seen.values()) == {1}
     assert {sample for epoch, sample in seen if epoch == 0} == set(range(24))
@@ -289,16 +289,16 @@ def test_closing_stops_the_threads_and_a_loader_can_begin_again(shards):
     assert loader_threads()
     loader.close()
     assert not loader_threads()
-    assert not loader._shards._open
+    assert not loader.builder.shards._open
     assert steps_of(loader, 0, 1) == [first]
     assert not loader_threads()
 
 
 def test_more_shards_than_may_be_open(shards):
     loader = make_loader(shards)
-    loader._shards.limit = 1
+    loader.builder.shards.limit = 1
     assert steps_of(loader, 0, 14) == steps_of(make_loader(shards), 0, 14)
-    assert sum(map(len, loader._shards._open.values())) == 1
+    assert sum(map(len, loader.builder.shards._open.values())) == 1
 
 
 def test_steps_are_the_same_for_a_step_that_spans_many_windows(shards):

@@ -130,7 +130,7 @@ def test_a_split_sample_is_shown_whole(tmp_path):
     sequences = [s for step in range(2) for s in loader.plan.step(step)]
     shown = {}
     for sequence in sequences:
-        for plan, document in zip(sequence.documents, loader._read(sequence).documents, strict=True):
+        for plan, document in zip(sequence.documents, loader.builder.read(sequence, []).documents, strict=True):
             assert plan.num_tokens == document.num_tokens
             if plan.sample == 0:
                 shown[plan.part] = document

@@ -150,7 +150,7 @@ def test_commands_take_urls_and_keep_the_index_in_the_cache(server, tmp_path, ca
     there = json.loads(capsys.readouterr().out)
     assert main(["data", "index", str(server.folder), "--tokenizer", "bytes", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == there
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "fusiontrain" / "index").glob("*/*")}
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "fusiontrain" / "index").glob("*/shard-*")}
     assert len(kept) == 4
     server.requests.clear()
     assert len(loader_of(server.url + NAMES).sources[0]) == 24
@@ -159,7 +159,7 @@ def test_commands_take_urls_and_keep_the_index_in_the_cache(server, tmp_path, ca
     assert json.loads(capsys.readouterr().out) == {"samples": 24, "problems": 0}
     assert main(["data", "inspect", f"{server.url}/shard-000.tar", "--sample", "2"]) == 0
     assert "number 2 is told here" in capsys.readouterr().out
-    assert main(["data", "index", server.url + NAMES, "--index-dir", str(tmp_path / "elsewhere")]) == 0
+    assert main(["data", "index", server.url + NAMES, "--out", str(tmp_path / "elsewhere")]) == 0
     assert len(list((tmp_path / "elsewhere").glob("*/*.index"))) == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.index_build import build_index
-from fusiontrain.data.index_cache import index_shard, index_sources
+from fusiontrain.data.index_cache import Reading, index_shard, index_sources
 from fusiontrain.data.shards import OpenShards, expand_shards
 from fusiontrain.data.tar import BLOCK, read_members, read_samples
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def test_a_path_may_be_a_tar_a_folder_a_glob_or_a_brace_range(tmp_path):
 @pytest.mark.parametrize("path", ["nothing", "nothing-*.tar", "shard-{000..002}.tar"])
 def test_a_path_without_shards_is_refused(tmp_path, path):
     write_shards(tmp_path, shards=1)
-    with pytest.raises(UserError, match=r"no such shard|no \.tar file"):
+    with pytest.raises(UserError, match=r"no such shard|no \.tar or \.jsonl file"):
         expand_shards(f"{tmp_path}/{path}")
 
 
@@ -213,6 +213,8 @@ def test_members_in_the_index_are_the_bytes_that_were_written(tmp_path):
         assert {m.crc for m in index.members(row).values()} == {zlib.crc32(content) for content in members.values()}
 
 
+AUTO = Reading("auto", False)
+
 BAD = {
     "no json": ({"bin": b"x"}, "has no text"),
     "broken json": ({"json": b"{"}, "not valid JSON"),
@@ -245,24 +247,24 @@ def test_a_bad_sample_is_named_and_the_others_stay(tmp_path, members, reason):
 
 def test_index_is_cached_until_the_shard_changes(tmp_path):
     path = write_shard(tmp_path / "x.tar", mixed_samples(2))
-    first = index_shard(path, "auto", False)
+    first = index_shard(path, AUTO)
     (cached,) = (tmp_path / ".fusiontrain-index").iterdir()
     before = cached.stat().st_mtime_ns
-    again = index_shard(path, "auto", False)
+    again = index_shard(path, AUTO)
     assert all(np.array_equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
     assert cached.stat().st_mtime_ns == before
     write_shard(path, mixed_samples(3))
-    assert len(index_shard(path, "auto", False)) == 3
+    assert len(index_shard(path, AUTO)) == 3
 
 
 def test_a_damaged_index_is_built_anew(tmp_path):
     path = write_shard(tmp_path / "x.tar", mixed_samples(3))
-    index_shard(path, "auto", False)
+    index_shard(path, AUTO)
     (cached,) = (tmp_path / ".fusiontrain-index").iterdir()
     sound = cached.read_bytes()
     for damage in (b"", sound[:100], sound[:-30], b"x" * len(sound)):
         cached.write_bytes(damage)
-        assert len(index_shard(path, "auto", False)) == 3
+        assert len(index_shard(path, AUTO)) == 3
         assert cached.read_bytes() == sound
 
 
@@ -270,10 +272,10 @@ def test_where_the_shards_lie_read_only_the_index_goes_to_the_temporary_folder(t
     path = write_shard(tmp_path / "shards" / "x.tar", mixed_samples(3))
     (tmp_path / "shards" / ".fusiontrain-index").write_text("in the way: works for root too")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert len(index_shard(path, "auto", False)) == 3
+    assert len(index_shard(path, AUTO)) == 3
     (cached,) = tmp_path.glob("fusiontrain-index-*/*/*.index")
     before = cached.stat().st_mtime_ns
-    assert len(index_shard(path, "auto", False)) == 3
+    assert len(index_shard(path, AUTO)) == 3
     assert cached.stat().st_mtime_ns == before
 
 

@@ -11,7 +11,7 @@ import tokenizers
 from fusiontrain.config.schema import TokenizerConfig
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import TEXT_PIECE, member_reader
-from fusiontrain.data.index_cache import index_shard, tokens_of_shard
+from fusiontrain.data.index_cache import Reading, index_shard, tokens_of_shard
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.token_cache import ids_dtype
 from fusiontrain.data.tokenizer import byte_tokenizer, tokenizer_at
@@ -19,6 +19,7 @@ from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_sh
 
 MARKERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|image|>", "<|end_image|>"]
 CONFIG = TokenizerConfig(begin_text_token=MARKERS[0], end_text_token=MARKERS[1], begin_image_token=MARKERS[2], end_image_token=MARKERS[3])
+AUTO = Reading("auto", False)
 TEXTS = [
     "plain words",
     " a leading space, and a trailing one ",
@@ -50,9 +51,9 @@ def samples():
 def test_cached_ids_are_those_of_the_live_tokenizer(tmp_path, bpe, name):
     tokenizer = bpe if name == "bpe" else byte_tokenizer(TokenizerConfig())
     shard = write_shard(tmp_path / "x.tar", samples())
-    index = index_shard(shard, "auto", False)
+    index = index_shard(shard, AUTO)
     for _ in range(2):  # built, then read
-        cache = tokens_of_shard(shard, index, "auto", False, tokenizer)
+        cache = tokens_of_shard(shard, index, AUTO, tokenizer)
         assert cache.dtype == np.uint16
         file, tokens = open_shard(shard), open_shard(cache.path)
         for row in range(len(index)):
@@ -76,8 +77,8 @@ def test_ids_take_two_bytes_where_they_fit(vocab_size, dtype):
 
 def test_each_tokenizer_has_a_cache_of_its_own_and_shares_the_index(tmp_path, bpe):
     shard = write_shard(tmp_path / "x.tar", mixed_samples(4))
-    index = index_shard(shard, "auto", False)
-    paths = {tokens_of_shard(shard, index, "auto", False, t).path for t in (bpe, byte_tokenizer(TokenizerConfig()))}
+    index = index_shard(shard, AUTO)
+    paths = {tokens_of_shard(shard, index, AUTO, t).path for t in (bpe, byte_tokenizer(TokenizerConfig()))}
     assert len(paths) == 2
     assert len(list((tmp_path / ".fusiontrain-index").glob("*.index"))) == 1
 
@@ -88,7 +89,7 @@ def test_many_may_build_at_once(tmp_path):
     found = []
 
     def build():
-        cache = tokens_of_shard(shard, index_shard(shard, "auto", False), "auto", False, tokenizer)
+        cache = tokens_of_shard(shard, index_shard(shard, AUTO), AUTO, tokenizer)
         found.append((cache.path, cache.counts.tolist()))
 
     threads = [threading.Thread(target=build) for _ in range(6)]

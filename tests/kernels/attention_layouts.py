@@ -49,6 +49,14 @@ def layout(documents: Sequence[Sequence[Part]], num_slices: int = 2, padding: Se
     return Layout(allowed, *ranges)
 
 
+def ranges_of(allowed: torch.Tensor) -> torch.Tensor:
+    """As few intervals as hold what each row of `allowed` sees: [T, G, 2] int32, empty ones behind."""
+    edges = torch.nn.functional.pad(allowed.int(), (1, 1)).diff()
+    runs = [list(zip((row == 1).nonzero().flatten().tolist(), (row == -1).nonzero().flatten().tolist(), strict=True)) for row in edges]
+    width = max(map(len, runs))
+    return torch.tensor([found + [(0, 0)] * (width - len(found)) for found in runs], dtype=torch.int32)
+
+
 def random_layout(seed: int, num_slices: int = 3) -> Layout:
     """A few documents of a few parts each, with padding in any slice."""
     draw = random.Random(seed)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusiontrain_kernels.masked_routing_attention import chunked, masked_routing_attention
+from fusiontrain_kernels.masked_routing_attention.kept import Kept
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}
 
@@ -150,7 +151,7 @@ def test_a_query_without_keys_gives_zeros_and_no_gradient(impl: str, blind: slic
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 def test_no_rows(impl: str) -> None:
-    out = masked_routing_attention(*inputs(0, 2, 1), torch.zeros(0, 2, 2, dtype=torch.int32), torch.zeros(0, 2, 2), impl=impl)
+    out = masked_routing_attention(*inputs(0, 2, 1), *[torch.zeros(0, 2, 2, dtype=torch.int32)] * 2, impl=impl)
     assert out.shape == (0, 2, 4)
 
 
@@ -190,8 +191,7 @@ def test_one_plan_per_key_ranges_until_they_change(monkeypatch: pytest.MonkeyPat
     layout, other = random_layout(5), random_layout(5)
     qkv = inputs(len(layout.allowed), 2, 1, torch.float32)
     made = []
-    make = chunked._make_plan
-    monkeypatch.setattr(chunked, "_make_plan", lambda ranges: made.append(ranges) or make(ranges))
+    monkeypatch.setattr(chunked, "_plan_of", Kept(lambda ranges: made.append(1) or chunked._make_plan(ranges)))
 
     def attend(ranges: torch.Tensor) -> torch.Tensor:
         return masked_routing_attention(*qkv, ranges, layout.query_ranges, impl="chunked")
@@ -208,18 +208,18 @@ def test_one_plan_per_key_ranges_until_they_change(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_plan_lives_no_longer_than_its_key_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_PLANS", type(chunked._PLANS)())
+    monkeypatch.setattr(chunked, "_plan_of", Kept(chunked._make_plan))
     layout = random_layout(5)
     masked_routing_attention(*inputs(len(layout.allowed), 2, 1), layout.key_ranges, layout.query_ranges, impl="chunked")
-    assert len(chunked._PLANS) == 1
+    assert len(chunked._plan_of) == 1
     del layout
     gc.collect()
-    assert len(chunked._PLANS) == 0
+    assert len(chunked._plan_of) == 0
 
 
 def test_unknown_impl_names_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"impl='flash'.*auto, reference, chunked"):
-        masked_routing_attention(*inputs(2, 1, 1), torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), impl="flash")
+    with pytest.raises(ValueError, match=r"impl='fast'.*auto, reference, chunked"):
+        masked_routing_attention(*inputs(2, 1, 1), *[torch.zeros(2, 1, 2, dtype=torch.int32)] * 2, impl="fast")
 
 
 def test_auto_is_chunked() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 """Of the largest number of each output."""
 
 
-def triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Layout, **options: object) -> torch.Tensor:
+def triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Layout, **options: Any) -> Any:
     return masked_routing_attention(q, k, v, batch.key_ranges, batch.query_ranges, impl="triton", **options)
 
 
@@ -121,9 +123,9 @@ def test_a_gradient_without_strides() -> None:
 @pytest.mark.parametrize("axis", ["rows", "heads"])
 def test_tensors_beyond_two_to_the_31_elements(axis: str) -> None:
     """The last row, or the last head, of q, k, v and the gradient lies behind 2^31 elements. The memory between is never touched."""
-    num_rows, heads = (130, 1) if axis == "rows" else (3, 3)
+    num_rows, heads = (162, 1) if axis == "rows" else (3, 3)
     row, head = (2**24 - 8, 16) if axis == "rows" else (16, 2**30 + 64)
-    batch = layout([[(0, 1)]] * 126 + [[(0, num_rows - 126)]] if axis == "rows" else [[(0, 3)]], 1)
+    batch = layout([[(0, 1)]] * 157 + [[(0, 5)]] if axis == "rows" else [[(0, 3)]], 1)
     small = [tensor.detach() for tensor in inputs(num_rows, heads, heads, 16, torch.float16)]
     storage = torch.empty((num_rows - 1) * row + (heads - 1) * head + 4096, dtype=torch.float16)
     assert storage.numel() > 2**31
@@ -173,10 +175,11 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *qkv: triton_attention(*qkv, batch), leaves, fast_mode=True)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("grad_rows", [None, torch.tensor([[2, 5]], dtype=torch.int32)], ids=["all", "some"])
+def test_opcheck(grad_rows: torch.Tensor | None) -> None:
     batch = LAYOUTS["below a tile"]
     leaves = inputs(len(batch), 2, 1, 16, torch.float32)[:3]
-    torch.library.opcheck(triton_op._forward_op, (*leaves, batch.key_ranges, batch.query_ranges, None, 0.5))
+    torch.library.opcheck(triton_op._forward_op, (*leaves, batch.key_ranges, batch.query_ranges, grad_rows, 0.5))
 
 
 def test_compiles_once_for_all_routings() -> None:
@@ -185,13 +188,14 @@ def test_compiles_once_for_all_routings() -> None:
 
     batches = [layout([[(0, 7), (1, 8)]]), layout([[(0, 15)]]), layout([[(1, 4)], [(0, 5)]], padding=(3, 3))]
     counter = CompileCounterWithBackend("aot_eager")
+    options = {"grad_rows": torch.tensor([[6, 15]], dtype=torch.int32), "return_lse": True}
     compiled = torch.compile(triton_attention, backend=counter, fullgraph=True)
     for batch in batches:
         *leaves, grad = inputs(15, 2, 1, 16)
         results = []
         for function in (compiled, triton_attention):
-            out = function(*leaves, batch)
-            results.append((out, *torch.autograd.grad(out, leaves, grad)))
+            out, lse = function(*leaves, batch, **options)
+            results.append((out, lse, *torch.autograd.grad((out, lse), leaves, (grad, lse.detach().exp()))))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert counter.frame_count == 1
 

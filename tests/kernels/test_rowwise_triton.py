@@ -14,7 +14,6 @@ from fusiontrain.testing.kernels import guarded_outputs
 from fusiontrain_kernels.rms_norm import add_rms_norm, rms_norm
 from fusiontrain_kernels.rms_norm import triton_ops as norm_ops
 from fusiontrain_kernels.rope import rope
-from fusiontrain_kernels.rope import triton_ops as rope_ops
 from fusiontrain_kernels.swiglu import swiglu
 from fusiontrain_kernels.swiglu import triton_ops as swiglu_ops
 
@@ -151,8 +150,6 @@ def test_the_operators_keep_their_contracts() -> None:
     torch.library.opcheck(norm_ops.rms_norm, (x, None, [gain] * 3, offsets, EPS))
     torch.library.opcheck(norm_ops.rms_norm, (x, other, [gain] * 3, offsets, EPS))
     torch.library.opcheck(swiglu_ops.swiglu, (x, other))
-    heads, angles = normal(20, 2, 8, seed=4).requires_grad_(), normal(20, 8, seed=5)
-    torch.library.opcheck(rope_ops.rope, (heads, angles, angles, False))
     assert torch.autograd.gradcheck(
         lambda *leaves: add_rms_norm(*leaves[:2], leaves[2:], (0, 5, 20), EPS, impl="triton"), (x, other, gain, gain), fast_mode=True
     )

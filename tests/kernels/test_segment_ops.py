@@ -87,6 +87,23 @@ def test_text_rows_keep_their_bits_beside_an_empty_modality(count: int) -> None:
     assert torch.equal(rms_norm(x, [gain, -gain], (0, count, count), 1e-5), rms_norm(x, [gain], (0, count), 1e-5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bounds", [(0, 13, 37), (0, 0, 37), (0, 20, 20, 37)])
+@pytest.mark.parametrize("x_is_live", [True, False])
+def test_segments_have_the_bits_of_the_reference(dtype: torch.dtype, bounds: tuple[int, ...], x_is_live: bool) -> None:
+    """Output and gradients, with a frozen weight and a modality without a bias."""
+    count = len(bounds) - 1
+    x = normal(37, 24, dtype=dtype).requires_grad_(x_is_live)
+    weights = [weight.clone().requires_grad_(m > 0) for m, weight in enumerate(normal(count, 40, 24, dtype=dtype))]
+    biases = [normal(40, dtype=dtype).requires_grad_(), *[None] * (count - 1)]
+    grad, leaves = normal(37, 41, dtype=dtype)[:, 1:], [*([x] if x_is_live else []), *weights[1:], biases[0]]
+    for given in (None, biases):
+        wanted, actual = (modality_gemm(x, weights, bounds, given, impl=impl) for impl in ("reference", "segments"))
+        inputs = leaves if given else leaves[:-1]
+        both = [torch.autograd.grad(out, inputs, grad) for out in (wanted, actual)]
+        assert torch.equal(wanted, actual) and all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
 @pytest.mark.parametrize("bounds", [(0, 3), (1, 3, 7), (0, 5, 3, 7), (0, 3, 6), (0, 9, 7)])
 def test_bounds_that_do_not_fit_are_refused(bounds: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="modality_gemm: bounds="):
@@ -143,3 +160,11 @@ def test_swiglu_equals_its_formula_and_gradients() -> None:
 def test_unknown_impl_names_the_choices(call) -> None:
     with pytest.raises(ValueError, match=r"impl='fast': choose one of auto, reference"):
         call()
+
+
+def test_segments_compile_without_a_break() -> None:
+    x, weights = normal(7, 5).requires_grad_(), [weight.clone().requires_grad_() for weight in normal(2, 3, 5)]
+    compiled = torch.compile(lambda x, weights: modality_gemm(x, weights, (0, 3, 7), impl="segments"), fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f.square().sum(), [x, *weights]) for f in (compiled(x, weights), modality_gemm(x, weights, (0, 3, 7), impl="reference"))]
+    for actual, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, wanted)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from fusiontrain.parallel.reduce import gather_bytes
+from fusiontrain.parallel import reduce
+from fusiontrain.parallel.reduce import at_length, gather_bytes
 from fusiontrain.testing.ranks import RankFailure, RankPool, shared_pool
 from fusiontrain.utils.errors import UserError
 
@@ -23,6 +25,30 @@ def add_ranks(offset: int) -> tuple[int, int, str]:
 def gather_bytes_of_all() -> list[list[bytes]]:
     rank = dist.get_rank()
     return [gather_bytes(b"\x00\xff" * rank), gather_bytes(b""), gather_bytes(bytes(5 - rank))]
+
+
+def work_at_length(folder: str, chosen_rank: int) -> list[str]:
+    """What every rank finds after the chosen one has worked for longer than a meeting takes."""
+    done = Path(folder) / "done"
+
+    def work() -> None:
+        time.sleep(1.0)
+        done.write_text(str(dist.get_rank()))
+
+    reduce.SECONDS_BETWEEN_MEETINGS = 0.2
+    at_length(work, dist.get_rank() == chosen_rank)
+    return [done.read_text()]
+
+
+def refuse_at_length() -> str:
+    def refuse() -> None:
+        raise UserError("this shard is damaged")
+
+    try:
+        at_length(refuse, dist.get_rank() == 1)
+    except UserError as error:
+        return str(error)
+    return "nothing was said"
 
 
 def raise_on_rank_one() -> None:
@@ -46,6 +72,15 @@ def test_results_in_order_of_rank() -> None:
 def test_bytes_of_different_lengths_are_gathered_whole() -> None:
     expected = [[b"", b"\x00\xff"], [b"", b""], [bytes(5), bytes(4)]]
     assert shared_pool().run(gather_bytes_of_all, 2) == [expected, expected]
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_ranks_wait_for_the_one_that_works_at_length(tmp_path, chosen) -> None:
+    assert shared_pool().run(work_at_length, 2, str(tmp_path), chosen) == [[str(chosen)]] * 2
+
+
+def test_what_is_wrong_on_the_rank_that_works_is_said_on_all() -> None:
+    assert shared_pool().run(refuse_at_length, 2) == ["this shard is damaged"] * 2
 
 
 def test_failure_names_the_rank_that_caused_it_and_the_pool_lives_on() -> None:

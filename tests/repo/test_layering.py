@@ -16,7 +16,7 @@ SOURCES = sorted([*(ROOT / "fusiontrain").rglob("*.py"), *(ROOT / "kernels").rgl
 TRACKED = [ROOT / name for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()]
 MAX_FILE_LINES, MAX_KERNEL_FILE_LINES = 500, 700
 MAX_FUNCTION_LINES, MAX_KERNEL_FUNCTION_LINES = 80, 150
-TORCH_IN_DATA = {"collate.py", "loader.py"}
+TORCH_IN_DATA = {"collate.py", "loader.py", "pin.py"}
 
 
 def name_of(path: Path) -> str:

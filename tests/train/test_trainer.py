@@ -47,6 +47,9 @@ class Recorder:
         self.due += [values["step"]] * due
         self.act(values)
 
+    def indexing(self, done: int, total: int) -> None:
+        pass
+
     def event(self, text: str) -> None:
         self.events.append(text)
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, image_suffixes, read_json
+from fusiontrain.data.formats.pieces import Fields, Latents, Piece, Sample, checked_text, image_suffixes, latents_of, read_json, representation_of
 
 TEXT_KEYS = ("caption", "captions", "text")
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -15,7 +15,7 @@ DOWNLOAD_FIELDS = {"url", "status", "error_message"}
 """What img2dataset writes into every .json about how the download of its image went."""
 
 
-def read_captions(suffixes: Collection[str], fields: Fields, latents: bool, text_key: str | None = None) -> Sample:
+def read_captions(suffixes: Collection[str], fields: Fields, latents: Latents, text_key: str | None = None) -> Sample:
     """A pair from `{key}.jpg` (or .png, ...) and its text; text alone without an image.
 
     The text is the first of these that is not blank: `{key}.txt`, `.text` or `.caption`; the field "caption", "captions" or "text" of
@@ -24,9 +24,9 @@ def read_captions(suffixes: Collection[str], fields: Fields, latents: bool, text
     representation only, and where img2dataset says that there is none.
     """
     found = image_suffixes(suffixes)
-    images = [suffix for suffix in found if suffix.endswith(LATENT_SUFFIX) == latents]
+    images = [suffix for suffix in found if latents_of(suffix) == latents]
     if found and not images:
-        raise BadSample(f"has {', '.join(found)}, but data.image.representation={'latents' if latents else 'pixels'}")
+        raise BadSample(f"has {', '.join(found)}, but data.image.representation={representation_of(latents)}")
     if len(images) > 1:
         raise BadSample(f"has {len(images)} images ({', '.join(images)}), a caption pair has one")
     texts = _texts(suffixes, fields, text_key)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from fusiontrain.data.errors import DECODE, BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, Fields, Piece, Sample, checked_text, page_name, read_json
+from fusiontrain.data.formats.pieces import Fields, Latents, Piece, Sample, checked_text, page_name, read_json, representation_of
 
 TIFF_SUFFIXES = ("tiff", "tif")
 
@@ -19,10 +19,10 @@ def is_interleaved(document: Any) -> bool:
     return isinstance(document, dict) and isinstance(document.get("texts"), list) and isinstance(document.get("images"), list)
 
 
-def read_interleaved(suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
+def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents) -> Sample:
     """Raises BadSample for json that is not of this layout and for images that are not in the tar.
 
-    latents: an image `0.png` is taken from the member `0.latent.npy`.
+    latents: an image `0.png` is taken from the member `0.latent.npy` or `0.vq.npy`.
     """
     if "json" not in suffixes:
         raise BadSample("has no .json member")
@@ -48,14 +48,14 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: bool) -
     return Sample(tuple(pieces))
 
 
-def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, latents: bool) -> Iterator[str] | None:
+def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, latents: Latents) -> Iterator[str] | None:
     """The names of the pages of the TIFF that holds the sample's images, one for each; None where the images are members. Raises BadSample."""
     named = [image for image in images if image is not None]
     tiff = next((suffix for suffix in TIFF_SUFFIXES if suffix in suffixes), None)
     if tiff is None or not named or any(isinstance(image, str) and image.lower() in suffixes for image in named):
         return None
     if latents:
-        raise BadSample(f"has its images in a .{tiff}, but data.image.representation=latents")
+        raise BadSample(f"has its images in a .{tiff}, but data.image.representation={representation_of(latents)}")
     try:
         with Image.open(BytesIO(fields(tiff))) as opened:
             found = getattr(opened, "n_frames", 1)
@@ -68,12 +68,12 @@ def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, latents
     return (page_name(tiff, page) for page in range(found))
 
 
-def _member(image: Any, suffixes: Collection[str], latents: bool) -> str:
+def _member(image: Any, suffixes: Collection[str], latents: Latents) -> str:
     if not isinstance(image, str):
         raise BadSample(f"an image name is a {type(image).__name__}")
     name = image.lower()
-    if latents and not name.endswith(LATENT_SUFFIX):
-        name = f"{name.rpartition('.')[0]}.{LATENT_SUFFIX}"
+    if latents and not name.endswith(latents):
+        name = f"{name.rpartition('.')[0]}.{latents}"
     if name not in suffixes:
         raise BadSample(f"names the image {image!r}, but the shard has no member .{name} of it")
     return name

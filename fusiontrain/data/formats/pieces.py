@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fusiontrain.data.errors import BadSample
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 LATENT_SUFFIX = "latent.npy"
 PAGE = "#page="
+CODES_SUFFIX = "vq.npy"
+Latents = str | Literal[False]
+"""Which arrays stand in for the pixels of an image: those of LATENT_SUFFIX or of CODES_SUFFIX, or False for the pixels themselves."""
+
+REPRESENTATIONS: dict[str, Latents] = {"pixels": False, "latents": LATENT_SUFFIX, "codes": CODES_SUFFIX}
+"""By `data.image.representation`."""
 
 Fields = Callable[[str], bytes]
 """The bytes of a member, by suffix."""
@@ -49,7 +55,17 @@ def split_page(name: str) -> tuple[str, int]:
 
 def is_image(name: str) -> bool:
     suffix, _ = split_page(name)
-    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES or suffix == LATENT_SUFFIX or suffix.endswith("." + LATENT_SUFFIX)
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES or bool(latents_of(suffix))
+
+
+def latents_of(suffix: str) -> Latents:
+    """Which arrays a member of that suffix holds; False where it is no such array."""
+    return next((kind for kind in (LATENT_SUFFIX, CODES_SUFFIX) if f".{suffix}".endswith(f".{kind}")), False)
+
+
+def representation_of(latents: Latents) -> str:
+    """The value of `data.image.representation` that asks for these arrays."""
+    return next(name for name, kind in REPRESENTATIONS.items() if kind == latents)
 
 
 def image_suffixes(suffixes: Collection[str]) -> list[str]:

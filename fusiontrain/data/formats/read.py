@@ -8,7 +8,7 @@ from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.captions import TEXT_SUFFIXES, read_captions
 from fusiontrain.data.formats.interleaved import is_interleaved, read_interleaved
-from fusiontrain.data.formats.pieces import Fields, Sample, read_json
+from fusiontrain.data.formats.pieces import Fields, Latents, Sample, read_json
 
 
 def source_kind(source: SourceConfig) -> str:
@@ -16,7 +16,7 @@ def source_kind(source: SourceConfig) -> str:
     return source.format if source.text_key is None else f"captions:{source.text_key}"
 
 
-def read_sample(kind: str, suffixes: Collection[str], fields: Fields, latents: bool) -> Sample:
+def read_sample(kind: str, suffixes: Collection[str], fields: Fields, latents: Latents) -> Sample:
     """The pieces of a sample of that kind; "auto" looks at its .json. Raises BadSample."""
     form, _, text_key = kind.partition(":")
     if form == "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 from PIL import __version__ as pillow_version
 
 from fusiontrain.config.schema import ImageDataConfig
@@ -92,6 +92,8 @@ def _by_simplejpeg(suffix: str, data: bytes, height: int, width: int, config: Im
 
 
 def _by_pillow(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarray:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise UserError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so that pictures which are cut short would pass for whole ones; unset it")
     with Image.open(io.BytesIO(data)) as opened:
         opened.seek(split_page(suffix)[1])
         height, width = opened.height, opened.width

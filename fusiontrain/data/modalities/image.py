@@ -1,4 +1,4 @@
-"""Images and latents as patches. A patch vector is ordered (channel, row, column), patches in raster order."""
+"""Images and latents as patches, and codes. A patch vector is ordered (channel, row, column), patches and codes in raster order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
-from fusiontrain.data.formats.pieces import LATENT_SUFFIX, split_page
+from fusiontrain.data.formats.pieces import CODES_SUFFIX, LATENT_SUFFIX, latents_of, split_page
 from fusiontrain.data.image_header import has_exif, header_size
 from fusiontrain.data.modalities.decoders import MAX_PIXELS, decode_pixels, orientation, refuse_bomb
 from fusiontrain.data.modalities.policy import whole_patches
@@ -18,10 +18,11 @@ from fusiontrain.types import Segment
 
 
 def image_size(suffix: str, data: bytes) -> tuple[int, int]:
-    """(height, width) of the upright image in pixels, or of a latent in cells, from its header. Raises BadSample."""
-    if suffix.endswith(LATENT_SUFFIX):
-        array = _load_latent(data)
-        return array.shape[1], array.shape[2]
+    """(height, width) of the upright image in pixels from its header, or of an array in latent cells or codes. Raises BadSample."""
+    kind = latents_of(suffix)
+    if kind:
+        array = _load_latent(data) if kind == LATENT_SUFFIX else _load_codes(data)
+        return array.shape[-2], array.shape[-1]
     size, page = header_size(data), split_page(suffix)[1]
     if size is not None and not page and size[0] * size[1] <= MAX_PIXELS and not has_exif(data):
         return size
@@ -38,13 +39,22 @@ def image_size(suffix: str, data: bytes) -> tuple[int, int]:
 
 def decode_image(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.ndarray, tuple[int, int]]:
     """Bytes of a member -> patches [n, C] float32 and their grid: pixels in [-1, 1], latents as stored. Raises BadSample."""
-    maps = _load_latent(data) if suffix.endswith(LATENT_SUFFIX) else _load_pixels(suffix, data, config)
+    maps = _load_latent(data) if latents_of(suffix) == LATENT_SUFFIX else _load_pixels(suffix, data, config)
     if maps.shape[0] != config.channels:
         raise BadSample(f"its .{suffix} has {maps.shape[0]} channels, data.image.channels={config.channels}", DECODE)
     if not np.isfinite(maps).all():
         raise BadSample(f"its .{suffix} holds numbers that are not finite", DECODE)
     grid = whole_patches(maps.shape[1], maps.shape[2], config.patch_size)
     return patchify(maps, config.patch_size), grid
+
+
+def decode_codes(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarray:
+    """Bytes of a `.vq.npy` member -> its codes [h * w] int64, each in [0, codebook_size). Raises BadSample."""
+    codes = _load_codes(data)
+    size = config.codebook_size or 0
+    if codes.min() < 0 or codes.max() >= size:
+        raise BadSample(f"its .{suffix} has codes from {codes.min()} to {codes.max()}, data.image.codebook_size={size} allows 0 to {size - 1}", DECODE)
+    return codes.astype(np.int64).ravel()
 
 
 def image_segment(suffix: str, data: bytes, config: ImageDataConfig, max_timestep: float) -> Segment:
@@ -60,11 +70,23 @@ def patchify(maps: np.ndarray, side: int) -> np.ndarray:
     return np.ascontiguousarray(cut, dtype=np.float32).reshape(-1, channels * side * side)
 
 
-def _load_latent(data: bytes) -> np.ndarray:
+def load_array(suffix: str, data: bytes) -> np.ndarray:
+    """The array of a .npy member. Raises BadSample."""
     try:
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # the header is parsed as Python: a damaged one may raise nearly anything
-        raise BadSample(f"its .{LATENT_SUFFIX} is not a numpy array ({error})", DECODE) from error
+        raise BadSample(f"its .{suffix} is not a numpy array ({error})", DECODE) from error
+
+
+def _load_codes(data: bytes) -> np.ndarray:
+    array = load_array(CODES_SUFFIX, data)
+    if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
+        raise BadSample(f"its .{CODES_SUFFIX} is {array.dtype} {list(array.shape)}, expected whole numbers [height, width]", DECODE)
+    return array
+
+
+def _load_latent(data: bytes) -> np.ndarray:
+    array = load_array(LATENT_SUFFIX, data)
     if array.ndim != 3 or array.dtype.kind not in "fiu" or not array.size:
         raise BadSample(f"its .{LATENT_SUFFIX} is {array.dtype} {list(array.shape)}, expected numbers [channels, height, width]", DECODE)
     return array.astype(np.float32)

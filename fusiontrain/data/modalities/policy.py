@@ -18,7 +18,9 @@ Grid = tuple[int, int]
 
 
 def grid_of(height: int, width: int, config: ImageDataConfig) -> Grid:
-    """The grid of an image of that size, in pixels or latent cells. Raises BadSample where patches do not divide a latent."""
+    """The grid of an image of that size, in pixels, latent cells or codes. Raises BadSample where patches do not divide a latent."""
+    if config.representation == "codes":
+        return height, width
     if config.representation == "pixels" and config.resize == "native":
         return native_grid(height, width, config)
     if config.representation == "pixels":

@@ -15,8 +15,8 @@ def linear_cross_entropy(
     """`sum over r of loss_weights[r] * -log softmax(hidden[r] @ weight.T)[labels[r]]`, a float32 scalar (float64 for float64 input).
 
     hidden [n, D]; weight [V, D]; labels [n] int64 below V (chunked refuses others, triton returns NaN); loss_weights [n] float32. A row whose
-    label is negative counts for nothing, so the number of labels may stay on the device: `(labels >= 0).sum()`.
-    n may be 0: the sum is then 0 and its gradients are zero, not None.
+    label is negative counts for nothing, so the number of labels may stay on the device: `(labels >= 0).sum()`. n may be 0: the sum is then 0
+    and its gradients are zero, not None.
     z_loss adds that many times the square of the log of the softmax's denominator to each row (PaLM, arXiv 2204.02311, section 5).
 
     impl: auto (triton on a GPU, else chunked), reference, chunked (256 rows at a time; the backward only scales, there is no second

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import triton.language as tl
 
-from fusiontrain_kernels._aot import TARGETS, Case
+from fusiontrain_kernels._aot import Case
+from fusiontrain_kernels._launch import nearest
 from fusiontrain_kernels.masked_routing_attention import configs
 from fusiontrain_kernels.masked_routing_attention import triton_kernels as kernels
 
@@ -17,15 +18,16 @@ _KERNELS = {
     "dq": kernels.dq_kernel,
     "dkdv": kernels.dkdv_kernel,
 }
-_TYPES = {"key_ranges": "*i32", "query_ranges": "*i32", "grad_rows": "*i32", "lse": "*fp32", "delta": "*fp32"}
+_HALVES = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
+_POINTERS = {"key_ranges": "*i32", "query_ranges": "*i32", "grad_rows": "*i32", "lse": "*fp32", "delta": "*fp32"}
 
 
-def cases(target: str) -> Iterable[Case]:
-    """Every kernel at every head dim, with the tiles of `target`'s architecture."""
+def cases(architecture: int) -> Iterator[Case]:
+    """Every kernel at every head dim."""
     for head_dim in (64, 96, 128, 256):
         for name in _KERNELS:
             padded = 128 if head_dim == 96 else head_dim
-            yield case(name, head_dim, configs.TABLE[TARGETS[target]][name][padded])
+            yield case(name, head_dim, nearest(configs.TABLE, architecture)[name][padded])
 
 
 def case(name: str, head_dim: int, config: configs.Config) -> Case:
@@ -37,9 +39,6 @@ def case(name: str, head_dim: int, config: configs.Config) -> Case:
         "D": head_dim, "DP": max(64, 1 << (head_dim - 1).bit_length()), "BM": config.BM, "BN": config.BN, "ACC": tl.float32,
     }  # fmt: skip
     constants = {key: value for key, value in values.items() if key in kernel.arg_names}
-    strides = [argument for argument in kernel.arg_names if argument.endswith(("_row", "_head"))]
-    integers = dict.fromkeys(["num_rows", *strides], "i32")
-    tensors = [argument for argument in kernel.arg_names if argument not in constants and argument not in integers]
-    arguments = integers | {argument: _TYPES.get(argument, "*bf16") for argument in tensors}
     title = f"attention {name} D={head_dim} {config.BM}x{config.BN} w{config.num_warps} s{config.num_stages}"
-    return Case(title, kernel, arguments, constants, config.num_warps, config.num_stages, strides, tensor_cores=name != "delta")
+    pointers = {**dict.fromkeys(_HALVES, "*bf16"), **_POINTERS}
+    return Case(title, kernel, pointers, constants, config.num_warps, config.num_stages, ["num_rows"], tensor_cores=name != "delta")

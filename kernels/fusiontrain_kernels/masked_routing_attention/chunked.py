@@ -1,19 +1,22 @@
 """masked_routing_attention in chunks of neighbouring queries, each over the few keys that any of them sees. Plain PyTorch, any device.
 
 The plan of a call (which chunks, which keys, which masks) depends on `key_ranges` alone and is read by the host, which on a GPU waits for
-the device. It is made once per `key_ranges` tensor and kept as long as that lives: the layers of a model share it, and so does a backward
-that computes the forward again.
+the device. It is made once per `key_ranges` tensor.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from fusiontrain_kernels.masked_routing_attention.arguments import Arguments
+from fusiontrain_kernels.masked_routing_attention.kept import Kept
+from fusiontrain_kernels.masked_routing_attention.reference import masked_lse, scaled_scores
 
 CHUNK_ROWS = 64
 """Queries per chunk. On one CPU core 64 beats 32 (overhead of calls) and 128 (keys that few of the queries see)."""
@@ -22,29 +25,35 @@ CHUNK_ROWS = 64
 @dataclass(frozen=True)
 class _Plan:
     """num_rows: queries of each chunk. num_keys: keys of each chunk. keys [sum of num_keys] int64: their rows, chunk after chunk.
-    masks: per chunk [queries, keys] bool, or None where every query sees every key."""
+    masks: per chunk [queries, keys] bool, or None where every query sees every key. rows: per chunk the intervals of rows that are in it, its
+    queries first."""
 
     num_rows: list[int]
     num_keys: list[int]
     keys: torch.Tensor
     masks: list[torch.Tensor | None]
+    rows: list[list[tuple[int, int]]]
 
 
-_PLANS = WeakTensorKeyDictionary()
-"""key_ranges -> ((its version, CHUNK_ROWS), its plan)."""
-
-
-def masked_routing_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_ranges: torch.Tensor, query_ranges: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """See the package. Memory is that of the keys of all chunks, and of one chunk's scores."""
-    del query_ranges  # autograd adds up what each key gets from its chunks
+def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See the package. Memory is that of the keys of all chunks, and of one chunk's scores; lse computes the scores once more."""
+    q, k, v = given.held()
     if len(q) == 0:
-        return torch.zeros_like(q)
-    plan = _plan_of(key_ranges)
+        return torch.zeros_like(q), scaled_scores(q, k, given.scale).sum(-1)
+    plan = _plan_of(given.key_ranges)
+    wanted = _wanted(plan, given.grad_rows)
     # One gather and one split each: a gather per chunk would make the backward fill a [T, K, Dh] buffer per chunk.
     chunks = zip(q.split(plan.num_rows), k[plan.keys].split(plan.num_keys), v[plan.keys].split(plan.num_keys), plan.masks, strict=True)
-    return torch.cat([_attend(*chunk, scale) for chunk in chunks])
+    outs, lses = [], []
+    for chunk, has_gradient in zip(chunks, wanted, strict=True):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and has_gradient):
+            outs.append(_attend(*chunk, given.scale))
+            if given.return_lse:
+                lses.append(_lse(chunk[0], chunk[1], chunk[3], given.scale))
+    out = torch.cat(outs)
+    if not any(wanted):  # zeros for gradients, not an error
+        out = out + (q[:0].sum() + k[:0].sum() + v[:0].sum())
+    return out, torch.cat(lses, dim=1) if lses else None
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -56,16 +65,21 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     return out[0].transpose(0, 1)
 
 
-@_disable_dynamo  # reads numbers on the host: not for a graph. Unlike torch.compiler.disable it does not import the compiler (a second)
-def _plan_of(key_ranges: torch.Tensor) -> _Plan:
-    """The plan made last for this tensor object, unless it was written to since."""
-    if key_ranges.is_inference():  # does not count its writes
-        return _make_plan(key_ranges)
-    stamp = (key_ranges._version, CHUNK_ROWS)
-    known = _PLANS.get(key_ranges)
-    if known is None or known[0] != stamp:
-        known = _PLANS[key_ranges] = (stamp, _make_plan(key_ranges))
-    return known[1]
+def _lse(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """-> [H, n]."""
+    scores = scaled_scores(q, k, scale)
+    if len(k) == 0:
+        return scores.sum(-1) - torch.inf
+    return scores.logsumexp(-1) if mask is None else masked_lse(scores, mask)
+
+
+@_disable_dynamo
+def _wanted(plan: _Plan, grad_rows: torch.Tensor | None) -> list[bool]:
+    """Per chunk, whether any gradient is asked for of any of its rows."""
+    if grad_rows is None:
+        return [True] * len(plan.rows)
+    intervals = grad_rows.tolist()
+    return [any(first < end and begin < last for first, last in rows for begin, end in intervals) for rows in plan.rows]
 
 
 def _make_plan(key_ranges: torch.Tensor) -> _Plan:
@@ -79,15 +93,28 @@ def _make_plan(key_ranges: torch.Tensor) -> _Plan:
     extremes[1].scatter_reduce_(0, chunk_of_row, ranges, "amax", include_self=False)
     smallest, largest = extremes.tolist()
 
-    num_keys, keys, masks = [], [], []
-    for chunk_ranges, low, high in zip(ranges.split(num_rows), smallest, largest, strict=True):
-        spans = [torch.arange(low[g][0], high[g][1], device=ranges.device) for g in range(len(low)) if low[g][0] < high[g][1]]
-        columns = torch.cat(spans) if spans else ranges.new_empty(0, dtype=torch.int64)
+    num_keys, keys, masks, rows = [], [], [], []
+    starts = itertools.accumulate(num_rows, initial=0)
+    for start, chunk_ranges, low, high in zip(starts, ranges.split(num_rows), smallest, largest, strict=False):
+        spans = _union((low[g][0], high[g][1]) for g in range(len(low)) if low[g][0] < high[g][1])
+        rows.append([(start, start + len(chunk_ranges)), *spans])
+        columns = torch.cat([torch.arange(*span, device=ranges.device) for span in spans]) if spans else ranges.new_empty(0, dtype=torch.int64)
         keys.append(columns)
         num_keys.append(len(columns))
         all_alike = low == high
         masks.append(None if all_alike else ((columns >= chunk_ranges[..., :1]) & (columns < chunk_ranges[..., 1:])).any(dim=1))
-    return _Plan(num_rows, num_keys, torch.cat(keys), masks)
+    return _Plan(num_rows, num_keys, torch.cat(keys), masks, rows)
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """As few as hold the same rows, in ascending order: a key must not be gathered twice."""
+    found: list[tuple[int, int]] = []
+    for low, high in sorted(spans):
+        if found and low <= found[-1][1]:
+            found[-1] = (found[-1][0], max(high, found[-1][1]))
+        else:
+            found.append((low, high))
+    return found
 
 
 def _chunk_sizes(key_ranges: torch.Tensor) -> list[int]:
@@ -101,3 +128,6 @@ def _chunk_sizes(key_ranges: torch.Tensor) -> list[int]:
     changes = (sees_itself[1:] != sees_itself[:-1]).any(dim=1).nonzero().squeeze(1) + 1
     borders = [0, *changes.tolist(), len(key_ranges)]
     return [min(CHUNK_ROWS, end - first) for start, end in itertools.pairwise(borders) for first in range(start, end, CHUNK_ROWS)]
+
+
+_plan_of = Kept(_make_plan)

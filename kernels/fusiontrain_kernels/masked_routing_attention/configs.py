@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusiontrain_kernels._launch import architecture, nearest
+
 
 class Config(NamedTuple):
     """BM queries and BN keys per tile; delta has no keys."""
@@ -29,7 +31,7 @@ TABLE: dict[int, dict[str, dict[int, Config]]] = {
     90: {
         "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
         "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-        "dkdv": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+        "dkdv": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 64, 8, 1)},
         "delta": {64: Config(64, 0, 4, 1), 128: Config(64, 0, 4, 1), 256: Config(32, 0, 4, 1)},
     },
     100: {
@@ -46,12 +48,10 @@ WIDE = Config(32, 32, 4, 1)
 INTERPRETED = Config(32, 16, 4, 1)
 
 
-def select(kernel: str, padded_dim: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Raises KeyError for a head dim beyond the table."""
-    if device.type != "cuda":
+def select(kernel: str, x: torch.Tensor) -> Config:
+    """The tiles for heads like those of x [T, H, Dh], on its device."""
+    if not x.is_cuda:
         return INTERPRETED
-    if dtype.itemsize > 2:
+    if x.element_size() > 2:
         return WIDE
-    major, _ = torch.cuda.get_device_capability(device)
-    arch = max((arch for arch in TABLE if arch // 10 <= major), default=min(TABLE))
-    return TABLE[arch][kernel][max(padded_dim, min(HEAD_DIMS))]
+    return nearest(TABLE, architecture(x))[kernel][min(dim for dim in HEAD_DIMS if dim >= x.shape[-1])]

@@ -7,29 +7,24 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
+from fusiontrain_kernels._launch import accumulator, on_device
 from fusiontrain_kernels.masked_routing_attention import configs
 from fusiontrain_kernels.masked_routing_attention import triton_kernels as kernels
+from fusiontrain_kernels.masked_routing_attention.arguments import Arguments
 
 _LOG2_E = 1 / math.log(2)
 
 
-def masked_routing_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_ranges: torch.Tensor,
-    query_ranges: torch.Tensor,
-    scale: float,
-    grad_rows: torch.Tensor | None = None,
-) -> torch.Tensor:
+def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """See the package. Raises ValueError for what the kernels cannot take."""
+    q, k, v = given.q, given.k, given.v
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"masked_routing_attention: impl='triton' takes one floating dtype for q, k and v, not {q.dtype}, {k.dtype}, {v.dtype}")
     if q.shape[-1] > max(configs.HEAD_DIMS):
         raise ValueError(f"masked_routing_attention: impl='triton' has no tiles for a head dim of {q.shape[-1]}, at most {max(configs.HEAD_DIMS)}")
-    return _forward_op(q, k, v, key_ranges, query_ranges, grad_rows, scale)[0]
+    out, lse = _forward_op(q, k, v, given.key_ranges, given.query_ranges, given.grad_rows, given.scale)
+    return out, torch.where(lse == -torch.inf, -torch.inf, lse / _LOG2_E)  # so that no NaN comes back where a row sees nothing
 
 
 @torch.library.custom_op("fusiontrain::masked_routing_attention", mutates_args=())
@@ -43,13 +38,14 @@ def _forward_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _empty_forward(q)
-    forward(q, k, v, key_ranges, scale, out, lse)
+    with on_device(q):
+        forward(q, k, v, key_ranges, scale, out, lse)
     return out, lse
 
 
 def _empty_forward(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, num_heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(num_heads, num_rows, dtype=_accumulator(q))
+    return q.new_empty(q.shape), q.new_empty(num_heads, num_rows, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_forward_op.register_fake
@@ -60,6 +56,7 @@ def _(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.custom_op("fusiontrain::masked_routing_attention_backward", mutates_args=())
 def _backward_op(
     d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -69,32 +66,41 @@ def _backward_op(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    need_q: bool,
+    need_kv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = _empty_backward(q, k, v)
-    backward(d_out, q, k, v, key_ranges, query_ranges, grad_rows, out, lse, scale, dq, dk, dv)
+    dq, dk, dv = _empty_backward(q, k, v, need_q, need_kv)
+    with on_device(q):
+        backward(d_out, d_lse, q, k, v, key_ranges, query_ranges, grad_rows, out, lse, scale, dq if need_q else None, (dk, dv) if need_kv else None)
     return dq, dk, dv
 
 
-def _empty_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+def _empty_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, need_q: bool, need_kv: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Without elements where nobody asks: an operator has to return as many tensors every time."""
+    dq, dk, dv = (tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in ((q, need_q), (k, need_kv), (v, need_kv)))
     return dq, dk, dv
 
 
 @_backward_op.register_fake
-def _(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_backward(q, k, v)
+def _(d_out: torch.Tensor, d_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return _empty_backward(q, k, v, *rest[-2:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, scale = inputs
     ctx.scale = scale
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    del d_lse
-    return *_backward_op(d_out, *ctx.saved_tensors, ctx.scale), None, None, None, None
+def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    need_q, need_k, need_v = ctx.needs_input_grad[:3]
+    need_kv = need_k or need_v
+    if (d_out is None and d_lse is None) or not (need_q or need_kv):
+        return (None,) * 7
+    out = ctx.saved_tensors[-2]
+    dq, dk, dv = _backward_op(torch.zeros_like(out) if d_out is None else d_out, d_lse, *ctx.saved_tensors, ctx.scale, need_q, need_kv)
+    return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -108,7 +114,7 @@ def forward(
     if num_rows == 0:
         return
     q, k, v = map(_unit_stride, (q, k, v))
-    config = _select("forward", q)
+    config = configs.select("forward", q)
     kernels.forward_kernel[(triton.cdiv(num_rows, config.BM), num_heads)](
         q, k, v, key_ranges.contiguous(), out, lse, num_rows, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         H=num_heads, GROUP=num_heads // k.shape[1], G=key_ranges.shape[1], SCALE2=scale * _LOG2_E, **_sizes(q, config)
@@ -117,6 +123,7 @@ def forward(
 
 def backward(
     d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -126,54 +133,54 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
+    dq: torch.Tensor | None,
+    dkdv: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
-    """Writes dq, dk and dv, all contiguous."""
+    """Writes dq, dk and dv, all contiguous, as far as they are given. lse and its gradient d_lse [H, T] are in base 2."""
     num_rows, num_heads, _ = q.shape
     if num_rows == 0:
         return
     d_out, q, k, v = map(_unit_stride, (d_out, q, k, v))
-    delta = lse.new_empty(lse.shape)
-    config = _select("delta", q)
-    sizes = _sizes(q, config)
-    del sizes["BN"]
-    kernels.delta_kernel[(triton.cdiv(num_rows, config.BM), num_heads)](out, d_out, delta, num_rows, *d_out.stride()[:2], H=num_heads, **sizes)
-
+    delta = _delta(d_out, d_lse, out, lse)
+    if grad_rows is not None and len(grad_rows) == 0:  # to the kernels, no list means all rows
+        grad_rows = grad_rows.new_zeros(1, 2)
     grads = key_ranges if grad_rows is None else grad_rows.contiguous()
     strides = (num_rows, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2])
     constants = {
         "H": num_heads,
         "GROUP": num_heads // k.shape[1],
-        "G": key_ranges.shape[1],
         "NUM_GRAD": 0 if grad_rows is None else len(grad_rows),
         "SCALE": scale,
         "SCALE2": scale * _LOG2_E,
     }
-    config = _select("dkdv", q)
-    kernels.dkdv_kernel[(triton.cdiv(num_rows, config.BN), k.shape[1])](
-        q, k, v, query_ranges.contiguous(), grads, d_out, lse, delta, dk, dv, *strides, **constants, **_sizes(q, config)
-    )
-    config = _select("dq", q)
-    kernels.dq_kernel[(triton.cdiv(num_rows, config.BM), num_heads)](
-        q, k, v, key_ranges.contiguous(), grads, d_out, lse, delta, dq, *strides, **constants, **_sizes(q, config)
-    )
+    if dkdv is not None:
+        config = configs.select("dkdv", q)
+        kernels.dkdv_kernel[(triton.cdiv(num_rows, config.BN), k.shape[1])](
+            q, k, v, query_ranges.contiguous(), grads, d_out, lse, delta, *dkdv, *strides, **constants, G=query_ranges.shape[1], **_sizes(q, config)
+        )
+    if dq is not None:
+        config = configs.select("dq", q)
+        kernels.dq_kernel[(triton.cdiv(num_rows, config.BM), num_heads)](
+            q, k, v, key_ranges.contiguous(), grads, d_out, lse, delta, dq, *strides, **constants, G=key_ranges.shape[1], **_sizes(q, config)
+        )
+
+
+def _delta(d_out: torch.Tensor, d_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """[H, T]: what a row's weights take off the gradient of each of its scores; minus the gradient of the natural lse."""
+    num_rows, num_heads, _ = out.shape
+    delta = lse.new_empty(lse.shape)
+    config = configs.select("delta", out)
+    sizes = _sizes(out, config)
+    del sizes["BN"]
+    kernels.delta_kernel[(triton.cdiv(num_rows, config.BM), num_heads)](out, d_out, delta, num_rows, *d_out.stride()[:2], H=num_heads, **sizes)
+    return delta if d_lse is None else delta - d_lse * _LOG2_E
 
 
 def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _accumulator(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _select(kernel: str, q: torch.Tensor) -> configs.Config:
-    return configs.select(kernel, triton.next_power_of_2(q.shape[-1]), q.dtype, q.device)
+    """The kernels want neighbours in memory along Dh, and count in 32 bits within a tile, which has at most 128 rows."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(0) <= 2**24 - tensor.shape[-1] else tensor.contiguous()
 
 
 def _sizes(q: torch.Tensor, config: configs.Config) -> dict[str, Any]:
     head_dim = q.shape[-1]
-    accumulator = tl.float64 if q.dtype == torch.float64 else tl.float32
-    return {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "ACC": accumulator, **config._asdict()}
+    return {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "ACC": accumulator(q), **config._asdict()}

@@ -9,7 +9,7 @@ import torch
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton, device_offsets, require_triton
 from fusiontrain_kernels._segments import check_bounds, check_weights
-from fusiontrain_kernels.modality_gemm import grouped, reference
+from fusiontrain_kernels.modality_gemm import grouped, reference, segments
 from fusiontrain_kernels.swiglu import swiglu
 
 Weights = Sequence[torch.Tensor]
@@ -37,7 +37,7 @@ def modality_gemm(
     main_grads (triton only, without biases): M tensors [N, Kin], float32 for example, None where the weight is frozen. The backward adds the
     weights' gradients to them and leaves the weights' own `.grad` alone.
 
-    impl: auto (triton on a GPU, else segments), reference, segments (one ATen GEMM per modality: the reference itself), grouped_mm
+    impl: auto (triton on a GPU, else segments), reference, segments (one ATen GEMM per modality; no second derivative), grouped_mm
     (torch.nn.functional.grouped_mm, weights stacked in every call), triton.
     Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and (triton) tensors that do not fit each other.
     """
@@ -60,8 +60,12 @@ def modality_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bound
     return swiglu(gate, up, impl="reference" if name == "reference" else "auto")
 
 
-def _segments(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: object, main_grads: object) -> torch.Tensor:
+def _reference(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: object, main_grads: object) -> torch.Tensor:
     return reference.modality_gemm(x, weights, bounds, biases)
+
+
+def _segments(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: object, main_grads: object) -> torch.Tensor:
+    return segments.modality_gemm(x, weights, bounds, biases)
 
 
 def _grouped(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: object) -> torch.Tensor:
@@ -107,4 +111,4 @@ def _triton_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bounds
     return triton_ops.gemm_swiglu(x, list(gates), list(ups), _offsets(x, gates, bounds, offsets))[0]
 
 
-_IMPLEMENTATIONS = {"reference": _segments, "segments": _segments, "grouped_mm": _grouped, "triton": _triton}
+_IMPLEMENTATIONS = {"reference": _reference, "segments": _segments, "grouped_mm": _grouped, "triton": _triton}

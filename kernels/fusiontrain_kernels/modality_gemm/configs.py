@@ -1,4 +1,6 @@
-"""Tile shapes per architecture and kernel. Each row compiles without spills for its architecture; none is searched at run time.
+"""Tile shapes per architecture, kernel and class of problem. All compile without spills for their architecture; none is searched at run time.
+
+Three classes: 16-bit and at least a tile (table.py, which tune.py writes), 16-bit and smaller (SMALL), 32-bit (FLOAT32).
 
 "wgrad_add" holds a tile of the old gradient beside the sum, so it has room for half the columns.
 """
@@ -6,6 +8,8 @@
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from fusiontrain_kernels.modality_gemm.table import TABLE
 
 
 class Config(NamedTuple):
@@ -24,42 +28,5 @@ SMALL = Config(64, 64, 32, 4, 3)
 FLOAT32 = Config(64, 64, 16, 8, 2)
 """Every kernel, every architecture: float32 in full precision, which is for checks and not for speed."""
 
-CONFIGS: dict[int, dict[str, Config]] = {
-    0: {name: Config(16, 16, 16, 4, 1) for name in ("forward", "dgrad", "wgrad", "wgrad_add", "swiglu")},  # the interpreter
-    80: {
-        "forward": Config(128, 128, 64, 8, 3),
-        "dgrad": Config(128, 128, 64, 8, 3),
-        "wgrad": Config(128, 128, 64, 8, 3),
-        "wgrad_add": Config(128, 128, 64, 8, 3),
-        "swiglu": Config(128, 64, 64, 8, 3),
-    },
-    # 99 KiB of shared memory
-    86: {
-        "forward": Config(128, 128, 32, 8, 3),
-        "dgrad": Config(128, 128, 32, 8, 3),
-        "wgrad": Config(128, 128, 32, 8, 3),
-        "wgrad_add": Config(128, 128, 32, 8, 3),
-        "swiglu": Config(128, 64, 32, 8, 3),
-    },
-    90: {
-        "forward": Config(128, 256, 64, 8, 3),
-        "dgrad": Config(128, 256, 64, 8, 3),
-        "wgrad": Config(128, 256, 64, 8, 3),
-        "wgrad_add": Config(128, 128, 64, 8, 3),
-        "swiglu": Config(128, 128, 32, 8, 3),
-    },
-    100: {
-        "forward": Config(128, 256, 64, 8, 3),
-        "dgrad": Config(128, 256, 64, 8, 3),
-        "wgrad": Config(128, 256, 64, 8, 3),
-        "wgrad_add": Config(128, 128, 64, 8, 3),
-        "swiglu": Config(128, 128, 32, 8, 3),
-    },
-    120: {
-        "forward": Config(128, 128, 32, 8, 3),
-        "dgrad": Config(128, 128, 32, 8, 3),
-        "wgrad": Config(128, 128, 32, 8, 3),
-        "wgrad_add": Config(128, 128, 32, 8, 3),
-        "swiglu": Config(128, 64, 32, 8, 3),
-    },
-}
+CONFIGS = {capability: {kernel: Config(*numbers) for kernel, numbers in row.items()} for capability, row in TABLE.items()}
+"""By compute capability and kernel, for problems of at least one tile. 0 is the interpreter; 86 and 120 have 99 KiB of shared memory."""

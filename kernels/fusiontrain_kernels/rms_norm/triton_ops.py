@@ -66,13 +66,17 @@ def rms_norm_backward(
             M=len(weights), ADD=grad_summed is not None, PARTIALS=any(live), ACC=accumulator(x), BLOCK=block, ROWS=ROWS, num_warps=num_warps(block),
         )  # fmt: skip
         if any(live):
-            remaining = iter(weight_grads)
-            outs = tuple(next(remaining) if alive else weight_grads[0] for alive in live)
-            bits = sum(alive << m for m, alive in enumerate(live))
-            triton_kernels.add_partials[(triton.cdiv(dim, COLUMNS), sum(live))](
-                partials, outs, offsets, dim, M=len(weights), LIVE=bits, ACC=accumulator(x), ROWS=ROWS, BLOCK=COLUMNS, STEP=STEP
-            )
+            add_partials(partials, weight_grads, offsets, live, ROWS)
     return [x_grad, *weight_grads]
+
+
+def add_partials(partials: torch.Tensor, outs: Tensors, offsets: torch.Tensor, live: Sequence[bool], rows: int) -> None:
+    """outs[i] [D] = the sum of partials [tiles, D] over the tiles of `rows` rows that are the i-th live modality's."""
+    remaining, bits = iter(outs), sum(alive << m for m, alive in enumerate(live))
+    places = tuple(next(remaining) if alive else outs[0] for alive in live)
+    triton_kernels.add_partials[(triton.cdiv(partials.shape[1], COLUMNS), len(outs))](
+        partials, places, offsets, partials.shape[1], M=len(live), LIVE=bits, ACC=accumulator(partials), ROWS=rows, BLOCK=COLUMNS, STEP=STEP
+    )
 
 
 def _gradients(x: torch.Tensor, weights: Tensors, live: Sequence[bool]) -> list[torch.Tensor]:

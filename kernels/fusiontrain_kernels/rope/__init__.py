@@ -1,22 +1,12 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) in Hugging Face's rotate-half convention."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in Hugging Face's rotate-half convention: `qk_norm_rope` of one tensor, without the norm."""
 
 from __future__ import annotations
 
 import torch
 
 from fusiontrain_kernels._dispatch import choose
-from fusiontrain_kernels._launch import auto_triton, require_triton
-from fusiontrain_kernels.rope import reference
-
-
-def _triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    require_triton("rope", x)
-    from fusiontrain_kernels.rope import triton_ops
-
-    return triton_ops.rope(x, cos, sin, False)
-
-
-_IMPLEMENTATIONS = {"reference": reference.rope, "triton": _triton}
+from fusiontrain_kernels._launch import auto_triton
+from fusiontrain_kernels.qk_norm_rope import IMPLEMENTATIONS
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -26,4 +16,4 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "
     impl: auto (triton on a GPU, else reference), reference, triton (rounds once, at the end; no gradient for cos and sin).
     Raises ValueError for another impl, and where triton cannot run.
     """
-    return choose("rope", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, cos, sin)
+    return choose("rope", IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, None, cos, sin, (0, len(x)), 0.0, None)

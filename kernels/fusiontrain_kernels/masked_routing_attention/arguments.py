@@ -1,0 +1,45 @@
+"""What every implementation of masked_routing_attention is handed, checked once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Arguments(NamedTuple):
+    """As the package says; an implementation takes these and returns (out, lse), lse None where it was not asked for."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    key_ranges: torch.Tensor
+    query_ranges: torch.Tensor
+    scale: float
+    grad_rows: torch.Tensor | None = None
+    return_lse: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError for tensors that do not fit together."""
+        num_rows, num_heads, head_dim = self.q.shape
+        k, v = self.k, self.v
+        if k.shape != v.shape or (len(k), k.shape[2]) != (num_rows, head_dim) or num_heads % k.shape[1]:
+            raise ValueError(
+                f"masked_routing_attention: k and v must be [{num_rows}, K, {head_dim}], K a divisor of {num_heads}, as q is {list(self.q.shape)}, "
+                f"not {list(k.shape)} and {list(v.shape)}"
+            )
+        for name, ranges in (("key_ranges", self.key_ranges), ("query_ranges", self.query_ranges)):
+            if ranges.dim() != 3 or (len(ranges), ranges.shape[2]) != (num_rows, 2) or ranges.dtype != torch.int32:
+                raise ValueError(f"masked_routing_attention: {name} must be int32 [{num_rows}, G, 2], not {ranges.dtype} {list(ranges.shape)}")
+        rows = self.grad_rows
+        if rows is not None and (rows.dim() != 2 or rows.shape[1] != 2 or rows.dtype != torch.int32):
+            raise ValueError(f"masked_routing_attention: grad_rows must be int32 [N, 2], not {rows.dtype} {list(rows.shape)}")
+
+    def held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v such that autograd gives the rows outside `grad_rows` zeros."""
+        if self.grad_rows is None:
+            return self.q, self.k, self.v
+        rows = torch.arange(len(self.q), device=self.q.device)[:, None]
+        wanted = ((rows >= self.grad_rows[:, 0]) & (rows < self.grad_rows[:, 1])).any(1)[:, None, None]
+        q, k, v = (torch.where(wanted, tensor, tensor.detach()) for tensor in (self.q, self.k, self.v))
+        return q, k, v
