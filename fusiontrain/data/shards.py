@@ -40,7 +40,7 @@ def expand_shards(path: str, settings: StorageConfig | None = None) -> list[Shar
     names = [name.removeprefix("file://") for name in _expand_braces(path, BRACES)]
     found: Sequence[Path | RemoteShard] = _remote(names, settings) if is_remote(names[0]) else _local(names, SUFFIXES)
     if not found:
-        raise UserError(f"{without_secrets(path)}: no .tar file or .jsonl there, compressed or not")
+        raise UserError(f"{without_secrets(path)}: no .tar or .jsonl file there, compressed or not")
     by_name = {os.fsencode(str(shard)): shard for shard in found}
     shards = [by_name[name] for name in sorted(by_name)]
     return [GzipShard(shard, settings) if str(shard).endswith(GZIP_SUFFIXES) else shard for shard in shards]
