@@ -23,6 +23,12 @@ def samples_of(file: ShardFile, path: Shard) -> Iterator[TarSample]:
     return lines_in(file, path) if str(path).lower().removesuffix(".gz").endswith(SUFFIX) else samples_in(file, path)
 
 
+def shard_samples(path: Shard) -> Iterator[TarSample]:
+    """As `samples_of`, of a shard that is opened for it."""
+    with closing(ReadAhead(open_shard(path))) as file:
+        yield from samples_of(file, path)
+
+
 def read_lines(path: Shard) -> Iterator[TarSample]:
     """As `lines_in`, of a shard that is opened for it."""
     with closing(ReadAhead(open_shard(path))) as file:

@@ -80,8 +80,8 @@ def _bytes_of(source: Any, sample: int, shards: OpenShards) -> tuple[Any, list[b
     """The token ids and the images of a sample as they lie in the tar, checked against their CRC32."""
     shard, row = source.locate(sample)
     members = source.indexes[shard].members(row)
-    ids = source.tokens[shard].read(shards.descriptor(source.tokens[shard].path), row)
-    read = member_reader(members, shards.descriptor(source.shards[shard]))
+    ids = source.tokens[shard].read(shards.file(source.tokens[shard].path), row)
+    read = member_reader(members, shards.file(source.shards[shard]))
     return ids, [read(suffix) for suffix in members if suffix != "json"]
 
 
