@@ -29,13 +29,13 @@ TABLE: dict[int, dict[str, dict[int, Config]]] = {
     80: {
         "forward": {64: Config(64, 64, 4, 2), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
         "dq": {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-        "dkdv": {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+        "dkdv": {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)},
         "delta": {64: Config(64, 0, 4, 1), 128: Config(64, 0, 4, 1), 256: Config(32, 0, 4, 1)},
     },
     90: {
         "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-        "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-        "dkdv": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 1)},
+        "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 16, 8, 2)},
+        "dkdv": {64: Config(64, 128, 8, 1), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 1)},
         "delta": {64: Config(64, 0, 4, 1), 128: Config(64, 0, 4, 1), 256: Config(32, 0, 4, 1)},
     },
     100: {

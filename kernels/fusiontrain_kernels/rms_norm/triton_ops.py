@@ -12,7 +12,7 @@ from fusiontrain_kernels.rms_norm import triton_kernels
 
 Tensors = Sequence[torch.Tensor]
 ROWS = 16  # rows of one block of the backward
-COLUMNS, STEP = 128, 32  # of the partial sums, at a time
+COLUMNS, STEP = 128, 16  # of the partial sums, at a time
 
 
 def num_warps(block: int) -> int:
