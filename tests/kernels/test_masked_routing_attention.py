@@ -227,3 +227,23 @@ def test_auto_is_chunked() -> None:
     arguments = (*inputs(len(layout.allowed), 2, 1, torch.float32), layout.key_ranges, layout.query_ranges)
     expected = masked_routing_attention(*arguments, impl="chunked")
     assert torch.equal(masked_routing_attention(*arguments), expected)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "sdpa", "triton"])
+def test_intervals_of_neighbouring_rows_may_overlap_each_other(impl: str) -> None:
+    """Those of one row must not; but what row 0 sees by its second interval, row 1 may see by its first. No key counts twice."""
+    rows = 40
+    key_ranges = torch.zeros(rows, 2, 2, dtype=torch.int32)
+    key_ranges[0::2] = torch.tensor([[0, 10], [20, 30]], dtype=torch.int32)
+    key_ranges[1::2] = torch.tensor([[5, 25], [35, 40]], dtype=torch.int32)
+    allowed = torch.zeros(rows, rows, dtype=torch.bool)
+    allowed[0::2, 0:10] = allowed[0::2, 20:30] = allowed[1::2, 5:25] = allowed[1::2, 35:40] = True
+    query_ranges = torch.tensor([[[row, row + 1] if allowed[row, key] else [0, 0] for row in range(rows)] for key in range(rows)], dtype=torch.int32)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(rows, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(8)
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+    out = masked_routing_attention(q, k, v, key_ranges, query_ranges, impl=impl)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for actual, wanted in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
