@@ -5,19 +5,23 @@ What is not JPEG, PNG, GIF or WebP, or is odd in its header, is left to Pillow b
 
 from __future__ import annotations
 
+import struct
+
 HEADER_BYTES = 1 << 17
 """Where EXIF data of a JPEG or PNG begin, if there are any: behind at most one segment of 64 KiB."""
 APP1 = b"\xff\xe1"  # the marker of the segments that hold EXIF and XMP data
+JPEG_MAGIC = b"\xff\xd8"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers, SOF0 to SOF15 without DHT (C4), JPG (C8) and DAC (CC), which share their range.
 SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SOS, EOI, STANDALONE = 0xDA, 0xD9, frozenset([0x01, *range(0xD0, 0xD9)])
+SEGMENT, SIDES = struct.Struct(">BBH"), struct.Struct(">HH")  # 0xFF, marker, length from here on; height and width
 
 
 def header_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) in pixels as stored, before any EXIF rotation; None where the header is of another kind, cut, or names a side of 0."""
-    if data[:2] == b"\xff\xd8":
-        size = _jpeg(data)
+    if data[:2] == JPEG_MAGIC:
+        size = _jpeg(data)[0]
     elif data[:8] == PNG_MAGIC and data[12:16] == b"IHDR" and len(data) >= 24:
         size = int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
     elif data[:6] in (b"GIF87a", b"GIF89a"):
@@ -29,34 +33,41 @@ def header_size(data: bytes) -> tuple[int, int] | None:
     return size if size is not None and size[0] > 0 and size[1] > 0 else None
 
 
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """As `header_size`, but None where `has_exif` too: the size of a picture that is upright as it is stored."""
+    if data[:2] == JPEG_MAGIC:  # most images are, and one walk tells both
+        size, exif = _jpeg(data)
+        return size if size is not None and size[0] > 0 and size[1] > 0 and not exif else None
+    return None if has_exif(data) else header_size(data)
+
+
 def has_exif(data: bytes) -> bool:
     """Whether there may be EXIF or XMP data, which may say that the picture is to be turned; some files without any are taken for such."""
-    if data[:2] == b"\xff\xd8":
-        return data.find(APP1, 0, HEADER_BYTES) >= 0  # compressed pixels never hold a marker
+    if data[:2] == JPEG_MAGIC:
+        return _jpeg(data)[1]
     if data[12:16] == b"VP8X":
         return bool(data[20:21] and data[20] & 0x08)
     head = data[:HEADER_BYTES]
     return b"Exif\0" in head or b"eXIf" in head
 
 
-def _jpeg(data: bytes) -> tuple[int, int] | None:
-    """Walks from marker to marker by their lengths, so a thumbnail inside an APP segment (a JPEG of its own) is passed over."""
-    position = 2
-    while position + 9 <= len(data):
-        if data[position] != 0xFF:
-            return None
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill bytes may stand before a marker
-            position += 1
-        elif marker in STANDALONE:
-            position += 2
-        elif marker in SOF:
-            return int.from_bytes(data[position + 5 : position + 7], "big"), int.from_bytes(data[position + 7 : position + 9], "big")
-        elif marker in (SOS, EOI):
-            return None
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None
+def _jpeg(data: bytes) -> tuple[tuple[int, int] | None, bool]:
+    """The size, and whether there may be EXIF or XMP data, which only stand before the pixels.
+
+    Walks from marker to marker by their lengths, so a thumbnail inside an APP segment (a JPEG of its own) is passed over.
+    """
+    size, exif, position, last = None, False, 2, len(data) - 9
+    while position <= last:
+        fill, marker, length = SEGMENT.unpack_from(data, position)
+        if fill != 0xFF or marker == EOI:
+            break
+        if marker == SOS:
+            return size, exif
+        if marker in SOF and size is None:
+            size = SIDES.unpack_from(data, position + 5)
+        exif |= marker == APP1[1]
+        position += 1 if marker == 0xFF else 2 if marker in STANDALONE else 2 + length  # 0xFF: fill bytes may stand before a marker
+    return size, data.find(APP1, 0, HEADER_BYTES) >= 0  # the walk did not reach the pixels, which never hold a marker
 
 
 def _gif(data: bytes) -> tuple[int, int] | None:

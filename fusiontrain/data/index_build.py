@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import zlib
-from collections.abc import Sequence
+from array import array
 from contextlib import closing
+from zlib import crc32
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import Latents, split_page
@@ -71,68 +72,83 @@ def build_tokens(shard: Shard, index: ShardIndex, kind: str, latents: Latents, t
 
 
 class _Builder:
-    """Lists that grow sample by sample and become the arrays of a ShardIndex."""
+    """Rows that grow sample by sample and become the arrays of a ShardIndex. They lie flat, as numbers: millions of tuples would keep the
+    garbage collector busy."""
 
     def __init__(self, kind: str, latents: Latents) -> None:
         self.kind, self.latents = kind, latents
-        self.samples: list[tuple[int, bytes, bool, int, int]] = []  # number, key, is_pair, pieces, members
-        self.pieces: list[tuple[int, int, int, int, int]] = []  # kind, bytes of text, height, width, member
-        self.members: list[tuple[int, int, int, int]] = []  # suffix, offset, size, crc
+        self.samples = array("q")  # number, bytes of the key, is_pair, pieces, members
+        self.pieces = array("q")  # kind, bytes of text, height, width, member
+        self.members = array("q")  # suffix, offset, size, crc
+        self.keys = bytearray()
         self.suffixes: dict[str, int] = {}
         self.bad: list[tuple[int, str, str]] = []
 
     def add(self, number: int, sample: TarSample, file: ShardFile) -> None:
-        try:
-            data = {suffix: file.read(member.offset, member.size) for suffix, member in sample.members.items()}
-        except OSError as error:
-            raise BadSample(f"cannot be read ({error})") from error
-        parsed = read_sample(self.kind, sample.members, data.__getitem__, self.latents)
-        members, crcs = dict(sample.members), {suffix: zlib.crc32(content) for suffix, content in data.items()}
-        for piece in parsed.pieces:
-            if piece.image is not None and piece.image not in members:  # a page of a member is indexed as a member with the same bytes
-                members[piece.image] = members[split_page(piece.image)[0]]
+        key, members, data = sample.key.encode(), sample.members, _contents(sample, file)
+        parsed = read_sample(self.kind, members, data.__getitem__, self.latents)
         places = {suffix: place for place, suffix in enumerate(members)}
-        pieces = []
-        for piece in parsed.pieces:
-            if piece.text is not None:
-                pieces.append((TEXT_PIECE, len(piece.text.encode()), 0, 0, NO_MEMBER))
-            elif piece.image is not None:
-                pieces.append((IMAGE_PIECE, 0, *image_size(piece.image, data[split_page(piece.image)[0]]), places[piece.image]))
-        self.pieces += pieces
-        for suffix, member in members.items():
-            self.members.append((self.suffixes.setdefault(suffix, len(self.suffixes)), member.offset, member.size, crcs[split_page(suffix)[0]]))
+        pieces: list[int] = []
+        for text, image, _ in parsed.pieces:
+            if text is not None:
+                pieces += (TEXT_PIECE, len(text) if text.isascii() else len(text.encode()), 0, 0, NO_MEMBER)
+            elif image is not None:  # a page of a member is indexed as a member with the same bytes
+                height, width = image_size(image, data[split_page(image)[0]])
+                pieces += (IMAGE_PIECE, 0, height, width, places.setdefault(image, len(places)))
+        self.pieces.extend(pieces)
+        for suffix in places:
+            content = split_page(suffix)[0]
+            member = members[content]
+            self.members.extend((self.suffixes.setdefault(suffix, len(self.suffixes)), member.offset, member.size, crc32(data[content])))
         if len(self.suffixes) > MOST_SUFFIXES:
             raise UserError(f"sample {sample.key!r}: more than {MOST_SUFFIXES} different suffixes in its shard; name the members of every sample alike")
-        self.samples.append((number, sample.key.encode(), parsed.is_pair, len(pieces), len(members)))
+        self.samples.extend((number, len(key), parsed.is_pair, len(pieces) // 5, len(places)))
+        self.keys += key
 
     def finish(self) -> ShardIndex:
-        numbers, keys, is_pair, num_pieces, num_members = _columns(self.samples, 5)
+        numbers, key_lengths, is_pair, num_pieces, num_members = _columns(self.samples, 5)
         kinds, text_bytes, heights, widths, image_members = _columns(self.pieces, 5)
         suffix_ids, offsets, sizes, crcs = _columns(self.members, 4)
         return ShardIndex(
-            numbers=np.array(numbers, np.int32),
-            key_start=_starts([len(key) for key in keys]),
-            key_bytes=np.frombuffer(b"".join(keys), np.uint8),
-            is_pair=np.array(is_pair, bool),
+            numbers=_as(np.int32, numbers),
+            key_start=_starts(key_lengths),
+            key_bytes=np.frombuffer(bytes(self.keys), np.uint8),
+            is_pair=_as(bool, is_pair),
             piece_start=_starts(num_pieces),
-            kinds=np.array(kinds, np.uint8),
-            text_bytes=np.array(text_bytes, np.int32),
-            heights=np.array(heights, np.int32),
-            widths=np.array(widths, np.int32),
-            image_members=np.array(image_members, np.int32),
+            kinds=_as(np.uint8, kinds),
+            text_bytes=_as(np.int32, text_bytes),
+            heights=_as(np.int32, heights),
+            widths=_as(np.int32, widths),
+            image_members=_as(np.int32, image_members),
             member_start=_starts(num_members),
-            suffix_ids=np.array(suffix_ids, np.uint16),
-            offsets=np.array(offsets, np.int64),
-            sizes=np.array(sizes, np.int64),
-            crcs=np.array(crcs, np.uint32),
+            suffix_ids=_as(np.uint16, suffix_ids),
+            offsets=_as(np.int64, offsets),
+            sizes=_as(np.int64, sizes),
+            crcs=_as(np.uint32, crcs),
             suffixes=tuple(self.suffixes),
             bad=tuple(self.bad),
         )
 
 
-def _starts(lengths: Sequence[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+def _contents(sample: TarSample, file: ShardFile) -> dict[str, bytes]:
+    try:
+        return {suffix: file.read(member.offset, member.size) for suffix, member in sample.members.items()}
+    except OSError as error:
+        raise BadSample(f"cannot be read ({error})") from error
 
 
-def _columns(rows: Sequence[tuple], count: int) -> list[Sequence]:
-    return list(zip(*rows, strict=True)) if rows else [()] * count
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)], dtype=np.int64)
+
+
+def _columns(rows: array[int], count: int) -> np.ndarray:
+    """[count, rows] int64 of rows that lie one after the other."""
+    return np.frombuffer(rows, np.int64).reshape(-1, count).T if rows else np.zeros((count, 0), np.int64)
+
+
+def _as(dtype: DTypeLike, column: np.ndarray) -> np.ndarray:
+    """A column as an array of its own. Raises OverflowError for a number that does not fit."""
+    narrow = column.astype(dtype)
+    if not np.array_equal(narrow, column):
+        raise OverflowError(f"an index holds a number that is no {np.dtype(dtype)}")
+    return narrow

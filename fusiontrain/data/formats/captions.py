@@ -15,13 +15,13 @@ DOWNLOAD_FIELDS = {"url", "status", "error_message"}
 """What img2dataset writes into every .json about how the download of its image went."""
 
 
-def read_captions(suffixes: Collection[str], fields: Fields, latents: Latents, text_key: str | None = None) -> Sample:
+def read_captions(suffixes: Collection[str], fields: Fields, latents: Latents, text_key: str | None = None, document: Any = None) -> Sample:
     """A pair from `{key}.jpg` (or .png, ...) and its text; text alone without an image.
 
     The text is the first of these that is not blank: `{key}.txt`, `.text` or `.caption`; the field "caption", "captions" or "text" of
     `{key}.json`; the words of `{key}.cls`. text_key: the field of the .json instead, with dots between the keys of nested objects. A list of
     texts is a choice, which the plan draws anew for each visit. Raises BadSample where there is no text, where an image is there in the other
-    representation only, and where img2dataset says that there is none.
+    representation only, and where img2dataset says that there is none. document: what is in the .json, where it was read before.
     """
     found = image_suffixes(suffixes)
     images = [suffix for suffix in found if latents_of(suffix) == latents]
@@ -29,14 +29,14 @@ def read_captions(suffixes: Collection[str], fields: Fields, latents: Latents, t
         raise BadSample(f"has {', '.join(found)}, but data.image.representation={representation_of(latents)}")
     if len(images) > 1:
         raise BadSample(f"has {len(images)} images ({', '.join(images)}), a caption pair has one")
-    texts = _texts(suffixes, fields, text_key)
+    texts = _texts(suffixes, fields, text_key, document)
     if not images and "json" in suffixes:
-        _require_downloaded(fields)
+        _require_downloaded(read_json(fields) if document is None else document)
     pieces = [*(Piece(text=text) for text in texts), *(Piece(image=image) for image in images)]
     return Sample(tuple(pieces), is_pair=bool(images) or len(texts) > 1)
 
 
-def _texts(suffixes: Collection[str], fields: Fields, text_key: str | None) -> list[str]:
+def _texts(suffixes: Collection[str], fields: Fields, text_key: str | None, document: Any) -> list[str]:
     if text_key is not None:
         texts = _field(read_json(fields), text_key) if "json" in suffixes else []
         if not texts:
@@ -46,7 +46,8 @@ def _texts(suffixes: Collection[str], fields: Fields, text_key: str | None) -> l
         if text := _decoded(suffix, fields):
             return [text]
     if "json" in suffixes:
-        document = read_json(fields)
+        if document is None:
+            document = read_json(fields)
         for key in TEXT_KEYS:
             if texts := _field(document, key):
                 return texts
@@ -86,8 +87,7 @@ def _field(document: Any, key: str) -> list[str]:
     return [checked_text(text.strip()) for text in values if isinstance(text, str) and text.strip()]
 
 
-def _require_downloaded(fields: Fields) -> None:
+def _require_downloaded(document: Any) -> None:
     """Raises BadSample for a caption whose image img2dataset could not fetch: it is half of a pair, not a text."""
-    document = read_json(fields)
     if isinstance(document, dict) and document.keys() >= DOWNLOAD_FIELDS and document["status"] != "success":
         raise BadSample(f"its image was not fetched: img2dataset says {document['status']} ({document['error_message']})")

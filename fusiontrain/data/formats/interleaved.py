@@ -19,14 +19,15 @@ def is_interleaved(document: Any) -> bool:
     return isinstance(document, dict) and isinstance(document.get("texts"), list) and isinstance(document.get("images"), list)
 
 
-def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents) -> Sample:
+def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents, document: Any = None) -> Sample:
     """Raises BadSample for json that is not of this layout and for images that are not in the tar.
 
-    latents: an image `0.png` is taken from the member `0.latent.npy` or `0.vq.npy`.
+    latents: an image `0.png` is taken from the member `0.latent.npy` or `0.vq.npy`. document: what is in the .json, where it was read before.
     """
     if "json" not in suffixes:
         raise BadSample("has no .json member")
-    document = read_json(fields)
+    if document is None:
+        document = read_json(fields)
     if not is_interleaved(document):
         raise BadSample("its .json has no lists 'texts' and 'images'")
     texts, images = document["texts"], document["images"]
@@ -50,9 +51,11 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents
 
 def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, latents: Latents) -> Iterator[str] | None:
     """The names of the pages of the TIFF that holds the sample's images, one for each; None where the images are members. Raises BadSample."""
-    named = [image for image in images if image is not None]
     tiff = next((suffix for suffix in TIFF_SUFFIXES if suffix in suffixes), None)
-    if tiff is None or not named or any(isinstance(image, str) and image.lower() in suffixes for image in named):
+    if tiff is None:
+        return None
+    named = [image for image in images if image is not None]
+    if not named or any(isinstance(image, str) and image.lower() in suffixes for image in named):
         return None
     if latents:
         raise BadSample(f"has its images in a .{tiff}, but data.image.representation={representation_of(latents)}")

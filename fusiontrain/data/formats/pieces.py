@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 from fusiontrain.data.errors import BadSample
 
@@ -13,6 +13,9 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 LATENT_SUFFIX = "latent.npy"
 PAGE = "#page="
 CODES_SUFFIX = "vq.npy"
+SUFFIXES = 1 << 12
+"""Names of members of which what they say is remembered: the same few come with every sample."""
+
 Latents = str | Literal[False]
 """Which arrays stand in for the pixels of an image: those of LATENT_SUFFIX or of CODES_SUFFIX, or False for the pixels themselves."""
 
@@ -23,8 +26,7 @@ Fields = Callable[[str], bytes]
 """The bytes of a member, by suffix."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A text, or the name of an image: the suffix of its member, with `#page=N` behind it where that holds several.
     token_ids: of a text that was tokenised before, instead of it."""
 
@@ -33,8 +35,7 @@ class Piece:
     token_ids: Sequence[int] | None = None
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Pieces in reading order. is_pair: a caption, or several to choose from, and perhaps their image, without an order of their own; the plan
     draws the caption and the order."""
 
@@ -47,17 +48,20 @@ def page_name(suffix: str, page: int) -> str:
     return f"{suffix}{PAGE}{page}"
 
 
+@lru_cache(SUFFIXES)
 def split_page(name: str) -> tuple[str, int]:
     """(suffix of the member, page in it) of an image's name; page 0 where the name has none."""
     suffix, _, page = name.partition(PAGE)
     return suffix, int(page or 0)
 
 
+@lru_cache(SUFFIXES)
 def is_image(name: str) -> bool:
     suffix, _ = split_page(name)
     return suffix.rpartition(".")[2] in IMAGE_SUFFIXES or bool(latents_of(suffix))
 
 
+@lru_cache(SUFFIXES)
 def latents_of(suffix: str) -> Latents:
     """Which arrays a member of that suffix holds; False where it is no such array."""
     return next((kind for kind in (LATENT_SUFFIX, CODES_SUFFIX) if f".{suffix}".endswith(f".{kind}")), False)

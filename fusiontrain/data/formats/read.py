@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import BadSample
@@ -19,19 +20,20 @@ def source_kind(source: SourceConfig) -> str:
 def read_sample(kind: str, suffixes: Collection[str], fields: Fields, latents: Latents) -> Sample:
     """The pieces of a sample of that kind; "auto" looks at its .json. Raises BadSample."""
     form, _, text_key = kind.partition(":")
+    document = None
     if form == "auto":
-        form = detect(suffixes, fields)
+        form, document = detect(suffixes, fields)
     if form == "interleaved":
-        return read_interleaved(suffixes, fields, latents)
-    return read_captions(suffixes, fields, latents, text_key or None)
+        return read_interleaved(suffixes, fields, latents, document)
+    return read_captions(suffixes, fields, latents, text_key or None, document)
 
 
-def detect(suffixes: Collection[str], fields: Fields) -> str:
-    """interleaved where the .json has the lists of that layout, else captions."""
+def detect(suffixes: Collection[str], fields: Fields) -> tuple[str, Any]:
+    """interleaved where the .json has the lists of that layout, else captions; and what is in it, None where it is not known."""
     if "json" not in suffixes:
-        return "captions"
+        return "captions", None
     try:
         document = read_json(fields)
     except BadSample:  # a caption beside it may do without; else the reader says what is wrong
-        return "captions" if any(suffix in suffixes for suffix in TEXT_SUFFIXES) else "interleaved"
-    return "interleaved" if is_interleaved(document) else "captions"
+        return "captions" if any(suffix in suffixes for suffix in TEXT_SUFFIXES) else "interleaved", None
+    return "interleaved" if is_interleaved(document) else "captions", document

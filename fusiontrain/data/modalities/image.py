@@ -10,7 +10,7 @@ from PIL import Image
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
 from fusiontrain.data.formats.pieces import CODES_SUFFIX, LATENT_SUFFIX, latents_of, split_page
-from fusiontrain.data.image_header import has_exif, header_size
+from fusiontrain.data.image_header import plain_size
 from fusiontrain.data.modalities.decoders import MAX_PIXELS, decode_pixels, orientation, refuse_bomb
 from fusiontrain.data.modalities.policy import whole_patches
 from fusiontrain.modality import IMAGE
@@ -23,8 +23,9 @@ def image_size(suffix: str, data: bytes) -> tuple[int, int]:
     if kind:
         array = _load_latent(data) if kind == LATENT_SUFFIX else _load_codes(data)
         return array.shape[-2], array.shape[-1]
-    size, page = header_size(data), split_page(suffix)[1]
-    if size is not None and not page and size[0] * size[1] <= MAX_PIXELS and not has_exif(data):
+    page = split_page(suffix)[1]
+    size = None if page else plain_size(data)
+    if size is not None and size[0] * size[1] <= MAX_PIXELS:
         return size
     try:
         with Image.open(io.BytesIO(data)) as image:

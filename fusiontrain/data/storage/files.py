@@ -13,10 +13,11 @@ from fusiontrain.data.storage import http, objects
 from fusiontrain.data.storage.retry import FinalError, retried
 from fusiontrain.data.storage.shard import RemoteShard
 
-READ_AHEAD_BLOCK = {False: 1 << 20, True: 8 << 20}
+READ_AHEAD_BLOCK = {False: 1 << 18, True: 8 << 20}
 """Bytes that a walk reads at once, of a near and of a far file."""
 
 READ_AHEAD_BLOCKS = 4
+NOTHING = memoryview(b"")
 
 
 class ShardFile(Protocol):
@@ -42,6 +43,10 @@ class LocalFile:
 
     def read(self, offset: int, size: int) -> bytes:
         return read_exactly(self._descriptor, offset, size)
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """As `read`, of as many bytes as the buffer has, into it."""
+        _require_all(os.preadv(self._descriptor, [buffer], offset), len(buffer), offset)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -84,26 +89,40 @@ class ReadAhead:
     def __init__(self, file: ShardFile) -> None:
         self.file, self.size = file, file.size
         self._block_size = READ_AHEAD_BLOCK[file.far]
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._blocks: OrderedDict[int, memoryview] = OrderedDict()
+        self._start, self._latest = 0, NOTHING  # the block that was read from last, for most reads are of the same
 
     def read(self, offset: int, size: int) -> bytes:
+        place = offset - self._start
+        if 0 <= place <= len(self._latest) - size:
+            return self._latest[place : place + size].tobytes()
         first, last = offset // self._block_size, (offset + size - 1) // self._block_size
         if offset + size > self.size or last - first >= READ_AHEAD_BLOCKS:
             return self.file.read(offset, size)
-        data = b"".join(self._block(number) for number in range(first, last + 1)) if last > first else self._block(first)
-        start = offset - first * self._block_size
-        return data[start : start + size]
+        parts = []
+        for number in range(first, last + 1):
+            self._start, self._latest = number * self._block_size, self._block(number)
+            parts.append(self._latest[max(0, offset - self._start) : offset + size - self._start].tobytes())
+        return b"".join(parts)
 
     def close(self) -> None:
         self.file.close()
 
-    def _block(self, number: int) -> bytes:
+    def _block(self, number: int) -> memoryview:
         if number not in self._blocks:
+            self._latest = NOTHING  # its memory may be that of the block that goes
+            oldest = self._blocks.popitem(last=False)[1] if len(self._blocks) == READ_AHEAD_BLOCKS else NOTHING
             start = number * self._block_size
-            self._blocks[number] = self.file.read(start, min(self._block_size, self.size - start))
-            if len(self._blocks) > READ_AHEAD_BLOCKS:
-                self._blocks.popitem(last=False)
+            self._blocks[number] = self._read_block(start, min(self._block_size, self.size - start), oldest)
         return self._blocks[number]
+
+    def _read_block(self, start: int, size: int, oldest: memoryview) -> memoryview:
+        """Of a local file into the memory of the oldest block: to get pages from the system anew costs three times what reading into them does."""
+        if not isinstance(self.file, LocalFile):
+            return memoryview(self.file.read(start, size))
+        buffer = oldest[:size] if len(oldest) >= size else memoryview(bytearray(size))
+        self.file.fill(buffer, start)
+        return buffer
 
 
 class Stretch:
@@ -146,9 +165,13 @@ class FileStream(io.RawIOBase):
 def read_exactly(descriptor: int, offset: int, size: int) -> bytes:
     """`size` bytes at `offset` of an open file, without moving its position. Raises OSError when the file is shorter."""
     data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise OSError(f"{len(data)} bytes instead of {size} at offset {offset}")
+    _require_all(len(data), size, offset)
     return data
+
+
+def _require_all(found: int, size: int, offset: int) -> None:
+    if found != size:
+        raise OSError(f"{found} bytes instead of {size} at offset {offset}")
 
 
 def is_http(url: str) -> bool:
