@@ -43,9 +43,9 @@ class BatchArrays:
 
 
 class _Span(NamedTuple):
-    """A run of `count` tokens of one segment. modality: its number; order, position: those of the first token."""
+    """A run of `length` tokens of one segment. modality: its number; order, position: those of the first token."""
 
-    count: int
+    length: int
     modality: int
     doc_id: int
     segment_id: int
