@@ -43,8 +43,8 @@ class SourceRef:
 class Segment:
     """A run of tokens of one modality inside a document (numpy, CPU).
 
-    Discrete (text): `token_ids` [n] int64. Continuous (image): `values` [n, C] float32, patches in raster order, with `grid` =
-    (rows, columns), rows * columns = n.
+    Discrete (text): `token_ids` [n] int64. Continuous (image): `values` [n, C], patches in raster order, with `grid` = (rows, columns),
+    rows * columns = n; float32, or pixels as uint8 0 to 255, which become float32 -1 to 1 in a batch.
     bidirectional: tokens of the segment see each other regardless of order (image patches).
     is_target: the segment carries its modality's loss.
     max_timestep: largest noise level in [0, 1] that training may draw for it; 0 keeps it clean.

@@ -9,20 +9,21 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from fusiontrain.config.schema import DataConfig
 from fusiontrain.data.arena import ALIGNMENT, Allocate
+from fusiontrain.data.modalities.image import normalized
 from fusiontrain.data.ranges import mask_ranges
 from fusiontrain.modality import IMAGE, MODALITIES, MODALITY_NAMES, TEXT
-from fusiontrain.types import IGNORE_INDEX, PADDING_DOC_ID, Document, PackedSequence, Segment, SourceRef
+from fusiontrain.types import IGNORE_INDEX, PADDING_DOC_ID, PackedSequence, Segment, SourceRef
 from fusiontrain.utils.keyed import hash_key, keyed_uniform
 
 LARGEST_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 ROW_DTYPES = {"token_ids": "i8", "labels": "i8", "doc_ids": "i4", "order_ids": "i4", "segment_ids": "i4", "position_ids": "i4"}
 IMAGE_DTYPES = {"timesteps": "f4", "max_timesteps": "f4", "noise_keys": "i8", "is_target": "?"}
-PADDING_ROW = {"token_ids": 0, "labels": IGNORE_INDEX, "doc_ids": PADDING_DOC_ID, "order_ids": 0, "segment_ids": -1, "position_ids": 0}
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,28 @@ class BatchArrays:
     sources: tuple[SourceRef, ...]
 
 
-@dataclass
-class _Rows:
-    """The rows of one modality, as lists of arrays per segment, and its images."""
+class _Span(NamedTuple):
+    """A run of `length` tokens of one segment. modality: its number; order, position: those of the first token."""
 
-    columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in ROW_DTYPES})
-    segments: list[Segment] = field(default_factory=list)
-    noise_keys: list[tuple[int, int]] = field(default_factory=list)
+    length: int
+    modality: int
+    doc_id: int
+    segment_id: int
+    order: int
+    position: int
+
+
+@dataclass
+class _Reading:
+    """A micro-batch in reading order: spans, their token ids (IGNORE_INDEX where there are none), the lengths of documents, and the continuous
+    segments of each modality with what their noise is keyed by."""
+
+    spans: list[_Span] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    segments: dict[str, list[tuple[Segment, tuple[int, int]]]] = field(default_factory=lambda: {name: [] for name in MODALITY_NAMES})
+    num_documents: int = 0
+    num_segments: int = 0
 
 
 def batch_arrays(sequences: Sequence[PackedSequence], data: DataConfig, allocate: Allocate = np.empty) -> BatchArrays:
@@ -56,29 +72,22 @@ def batch_arrays(sequences: Sequence[PackedSequence], data: DataConfig, allocate
     allocate(shape, dtype): where the arrays go. `data.document_mask` off: the documents of a sequence see each other as one (rotary positions
     still start anew in each).
     """
-    rows = {name: _Rows() for name in MODALITY_NAMES}
-    counters = {"document": 0, "segment": 0}
+    reading = _Reading()
     for sequence in sequences:
-        _add_sequence(rows, sequence, counters, data.document_mask)
+        _add_sequence(reading, sequence, data.document_mask)
     total = sum(sequence.length for sequence in sequences)
-    padding = total - sum(sequence.num_tokens for sequence in sequences)
-    for name, value in PADDING_ROW.items():
-        rows[TEXT.name].columns[name].append(np.full(padding, value, np.int64))
-    columns = {
-        name: _stored([part for modality in MODALITY_NAMES for part in rows[modality].columns[name]], total, allocate, np.dtype(dtype))
-        for name, dtype in ROW_DTYPES.items()
-    }
-    sizes = [sum(map(len, rows[name].columns["doc_ids"])) for name in MODALITY_NAMES]
+    padding = total - sum(reading.lengths)
+    columns, sizes = _columns(reading, padding, allocate)
     bounds = (0, *itertools.accumulate(sizes))
     ranges = mask_ranges(columns["doc_ids"], columns["order_ids"], columns["segment_ids"], bounds)
     for name, found in zip(("key_ranges", "query_ranges"), ranges, strict=True):
         columns[name] = _stored([found], total, allocate, found.dtype)
     columns["loss_weights"] = _stored([np.ones(total, np.float32)], total, allocate, np.dtype(np.float32))
-    payloads = {m.name: _payload(rows[m.name], patch_dim(data), allocate) for m in MODALITIES if not m.discrete}
+    payloads = {m.name: _payload(reading.segments[m.name], patch_dim(data), allocate) for m in MODALITIES if not m.discrete}
     return BatchArrays(
         columns=columns,
         payloads=payloads,
-        grids={name: tuple(s.grid for s in rows[name].segments if s.grid is not None) for name in payloads},
+        grids={name: tuple(s.grid for s, _ in reading.segments[name] if s.grid is not None) for name in payloads},
         bounds=bounds,
         target_counts={
             TEXT.name: int((columns["labels"] != IGNORE_INDEX).sum()),
@@ -99,44 +108,55 @@ def most_bytes(num_sequences: int, data: DataConfig) -> int:
     return math.ceil(num_sequences * data.sequence_length * (row + patch + images)) + arrays * ALIGNMENT
 
 
-def _add_sequence(rows: dict[str, _Rows], sequence: PackedSequence, counters: dict[str, int], document_mask: bool) -> None:
+def _add_sequence(reading: _Reading, sequence: PackedSequence, document_mask: bool) -> None:
     order, image_number = 0, 0
     for place, document in enumerate(sequence.documents):
-        start = 0 if document_mask else order
-        labels = _labels(document)
-        position = 0
+        start, position = 0 if document_mask else order, 0
         for segment in document.segments:
             count = segment.num_tokens
-            target = rows[segment.modality]
-            positions = np.arange(position, position + count)
-            columns = {
-                "token_ids": segment.token_ids if segment.token_ids is not None else np.zeros(count, np.int64),
-                "labels": labels[position : position + count],
-                "doc_ids": np.full(count, counters["document"]),
-                "order_ids": start + positions,
-                "segment_ids": np.full(count, counters["segment"] if segment.bidirectional else -1),
-                "position_ids": positions,
-            }
-            for name, values in columns.items():
-                target.columns[name].append(np.asarray(values, np.int64))
-            counters["segment"] += segment.bidirectional
+            segment_id = reading.num_segments if segment.bidirectional else -1
+            number = MODALITY_NAMES.index(segment.modality)
+            reading.spans.append(_Span(count, number, reading.num_documents, segment_id, start + position, position))
+            reading.tokens.append(np.full(count, IGNORE_INDEX) if segment.token_ids is None else segment.token_ids)
+            reading.num_segments += segment.bidirectional
             if segment.values is not None:
-                target.segments.append(segment)
-                target.noise_keys.append((sequence.noise_key, image_number))
+                reading.segments[segment.modality].append((segment, (sequence.noise_key, image_number)))
                 image_number += 1
             position += count
+        reading.lengths.append(position)
         order += position
         if document_mask or place == len(sequence.documents) - 1:
-            counters["document"] += 1
+            reading.num_documents += 1
 
 
-def _labels(document: Document) -> np.ndarray:
-    """The next token of each place of a document where both it and the next one are text; IGNORE_INDEX elsewhere."""
-    tokens = np.concatenate(
-        [s.token_ids if s.token_ids is not None else np.full(s.num_tokens, IGNORE_INDEX) for s in document.segments] or [np.zeros(0, np.int64)]
-    )
+def _columns(reading: _Reading, padding: int, allocate: Allocate) -> tuple[dict[str, np.ndarray], list[int]]:
+    """The arrays of ROW_DTYPES, modality-major, and the number of rows of each modality."""
+    text = MODALITY_NAMES.index(TEXT.name)
+    spans = [*reading.spans, _Span(padding, text, PADDING_DOC_ID, -1, 0, 0)]
+    counts, modalities, doc_ids, segment_ids, orders, positions = np.array(spans, np.int64).T
+    tokens = np.concatenate([*reading.tokens, np.full(padding, IGNORE_INDEX)])
+    total = len(tokens)
+    inside = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)  # a row's place in its span
+    inside[total - padding :] = 0
+    in_reading_order = {
+        "token_ids": np.where(tokens == IGNORE_INDEX, 0, tokens),
+        "labels": _labels(tokens, reading.lengths),
+        "doc_ids": np.repeat(doc_ids, counts),
+        "order_ids": np.repeat(orders, counts) + inside,
+        "segment_ids": np.repeat(segment_ids, counts),
+        "position_ids": np.repeat(positions, counts) + inside,
+    }
+    rows = np.argsort(np.repeat(modalities.astype(np.uint8), counts), kind="stable")
+    columns = {name: _stored([in_reading_order[name][rows]], total, allocate, np.dtype(dtype)) for name, dtype in ROW_DTYPES.items()}
+    return columns, np.bincount(modalities, counts, len(MODALITY_NAMES)).astype(int).tolist()
+
+
+def _labels(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """The next token of each place where both it and the next one are text of one document; IGNORE_INDEX elsewhere. lengths: of the documents."""
     labels = np.append(tokens[1:], IGNORE_INDEX)[: len(tokens)]
     labels[tokens == IGNORE_INDEX] = IGNORE_INDEX
+    ends = np.cumsum(lengths, dtype=np.int64)
+    labels[ends[ends > 0] - 1] = IGNORE_INDEX
     return labels
 
 
@@ -154,22 +174,23 @@ def _stored(parts: Sequence[np.ndarray], length: int, allocate: Allocate, dtype:
     return np.concatenate(parts, out=array, casting="same_kind")
 
 
-def _payload(rows: _Rows, width: int, allocate: Allocate) -> dict[str, np.ndarray]:
-    segments = rows.segments
+def _payload(images: Sequence[tuple[Segment, tuple[int, int]]], width: int, allocate: Allocate) -> dict[str, np.ndarray]:
+    segments, keys = [segment for segment, _ in images], [key for _, key in images]
     counts = np.array([s.num_tokens for s in segments], dtype=np.int64)
     # A float64 draw just below 1 would round to 1, which no noise level may be.
-    draws = [min(keyed_uniform(*key, 0), LARGEST_BELOW_ONE) for key in rows.noise_keys]
+    draws = [min(keyed_uniform(*key, 0), LARGEST_BELOW_ONE) for key in keys]
     of_images = {
         "timesteps": draws,
         "max_timesteps": [s.max_timestep for s in segments],
-        "noise_keys": [hash_key(*key, 1) for key in rows.noise_keys],
+        "noise_keys": [hash_key(*key, 1) for key in keys],
         "is_target": [s.is_target for s in segments],
     }
-    values = [np.zeros((0, width), np.float32), *(s.values for s in segments if s.values is not None)]
-    arrays = {
-        "values": _stored(values, int(counts.sum()), allocate, np.dtype(np.float32)),
-        "image_ids": _stored([np.repeat(np.arange(len(segments)), counts)], int(counts.sum()), allocate, np.dtype(np.int64)),
-    }
+    total = int(counts.sum())
+    values = allocate((total, width), np.dtype(np.float32))
+    for segment, last in zip(segments, np.cumsum(counts).tolist(), strict=True):
+        assert segment.values is not None
+        normalized(segment.values, values[last - segment.num_tokens : last])
+    arrays = {"values": values, "image_ids": _stored([np.repeat(np.arange(len(segments)), counts)], total, allocate, np.dtype(np.int64))}
     for name, dtype in IMAGE_DTYPES.items():
         arrays[name] = allocate((len(segments),), np.dtype(dtype))
         arrays[name][...] = of_images[name]

@@ -72,8 +72,7 @@ def _write(document: Document, data: DataConfig, tokenizer: Tokenizer, out: Path
             np.save(out / files[-1], _maps(segment, data))
         else:
             files.append(f"{stem}.png")
-            pixels = (_maps(segment, data).transpose(1, 2, 0) + 1) * 127.5
-            Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(out / files[-1])
+            Image.fromarray(_maps(segment, data).transpose(1, 2, 0)).save(out / files[-1])
     return files
 
 

@@ -8,6 +8,7 @@ one interval per slice, and so are the queries of a key. Padding sees itself alo
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import numpy as np
 
@@ -43,8 +44,8 @@ def mask_ranges(
     for g, (low, high) in enumerate(itertools.pairwise(slice_bounds)):
         rows = places[low:high]
         for ranges, begin, end in ((key_ranges, first_key, last_key), (query_ranges, first_query, last_query)):
-            ranges[:, g, 0] = low + np.searchsorted(rows, begin, side="left")
-            ranges[:, g, 1] = low + np.searchsorted(rows, end, side="right")
+            ranges[:, g, 0] = low + _search(rows, begin, "left")
+            ranges[:, g, 1] = low + _search(rows, end, "right")
     _padding_sees_itself(key_ranges, ~real, slice_bounds)
     _padding_sees_itself(query_ranges, ~real, slice_bounds)
     return key_ranges, query_ranges
@@ -56,12 +57,24 @@ def _segment_reach(order_ids: np.ndarray, segment_ids: np.ndarray) -> tuple[np.n
     inside = segment_ids >= 0
     if not inside.any():
         return first, last
-    lowest = np.full(segment_ids.max() + 1, np.iinfo(np.int64).max)
-    highest = np.full(segment_ids.max() + 1, -1)
-    np.minimum.at(lowest, segment_ids[inside], order_ids[inside])
-    np.maximum.at(highest, segment_ids[inside], order_ids[inside])
+    lowest = np.full(segment_ids.max() + 2, np.iinfo(np.int64).max)  # the last is for -1, those of no segment
+    highest = np.full(segment_ids.max() + 2, -1)
+    heads = _run_heads(segment_ids)
+    np.minimum.at(lowest, segment_ids[heads], np.minimum.reduceat(order_ids, heads))
+    np.maximum.at(highest, segment_ids[heads], np.maximum.reduceat(order_ids, heads))
     first[inside], last[inside] = lowest[segment_ids[inside]], highest[segment_ids[inside]]
     return first, last
+
+
+def _search(rows: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
+    """`numpy.searchsorted`, once for neighbours that are equal: all rows of an image, or of a document, look for the same."""
+    heads = _run_heads(wanted)
+    return np.repeat(np.searchsorted(rows, wanted[heads], side), np.diff(heads, append=len(wanted)))
+
+
+def _run_heads(values: np.ndarray) -> np.ndarray:
+    """Where each run of equal neighbours begins."""
+    return np.flatnonzero(np.concatenate([[len(values) > 0], values[1:] != values[:-1]]))
 
 
 def _padding_sees_itself(ranges: np.ndarray, padding: np.ndarray, slice_bounds: tuple[int, ...]) -> None:

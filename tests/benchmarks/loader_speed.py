@@ -1,29 +1,34 @@
 """Documents per CPU-second from tar to packed sequences of 8,192 tokens, side by side with webdataset and Megatron-Energon (pip install .[bench]).
 
-    python tests/benchmarks/loader_speed.py [--documents 2000] [--workers 2] [--rounds 3]
+    python tests/benchmarks/loader_speed.py [--documents 2000] [--workers 2] [--rounds 3] [--only decoded]
 
 Every contender runs in a process of its own, once over one epoch and once over three; CPU time is that of the process and its children, and the
 difference of the two runs is what counts, so that starting costs nothing. Rounds alternate between the contenders. The page cache is warm.
-`decoded`: pixels; `bytes`: images stay as they lie in the tar. FusionTrain reads token ids from its cache; the others tokenise, for they have none.
+`decoded`: float32 patches of pixels; `bytes`: images stay as they lie in the tar. FusionTrain reads token ids from its cache; the others tokenise,
+for they have none. `rivals.py` says what each does. `jpegs`: what decoding the JPEGs alone costs, by simplejpeg, which no loader can go below.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import simplejpeg
 from corpus import MARKERS, make_corpus
+from PIL import Image
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.index import member_reader
@@ -31,6 +36,7 @@ from fusiontrain.data.index_build import build_index
 from fusiontrain.data.index_cache import index_sources
 from fusiontrain.data.plan import Plan
 from fusiontrain.data.shards import OpenShards
+from fusiontrain.data.tar import read_samples
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 
@@ -129,11 +135,32 @@ def index_speed(folder: Path, documents: int) -> str:
     return f"index: {found / (time.process_time() - began):,.0f} documents per CPU-second"
 
 
+def decode_speed(folder: Path) -> str:
+    """Documents per CPU-second if decoding the JPEGs were all there is to do, by one process."""
+    documents = []
+    for shard in sorted(folder.glob("*.tar")):
+        with shard.open("rb") as file:
+            for sample in read_samples(shard):
+                members = [member for suffix, member in sample.members.items() if suffix != "json"]
+                documents.append([os.pread(file.fileno(), member.size, member.offset) for member in members])
+
+    def speed(decode: Callable[[bytes], Any]) -> float:
+        began = time.process_time()
+        for jpegs in documents:
+            for jpeg in jpegs:
+                decode(jpeg)
+        return len(documents) / (time.process_time() - began)
+
+    ours, theirs = speed(simplejpeg.decode_jpeg), speed(lambda jpeg: Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    return f"jpegs: {ours:,.0f} documents per CPU-second by simplejpeg, {theirs:,.0f} by Pillow"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["decoded", "bytes"])
     parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -145,6 +172,7 @@ def main() -> None:
         folder = Path(name)
         make_corpus(folder, args.documents)
         print(index_speed(folder, args.documents))
+        print(decode_speed(folder))
         config = config_of(folder, 0)
         index_sources(config.data.sources, config.data, load_tokenizer(config))
         if importlib.util.find_spec("megatron") is not None:
@@ -152,7 +180,7 @@ def main() -> None:
 
             prepare_energon(folder)
             contenders.append("energon")
-        for decode in (True, False):
+        for decode in [kind == "decoded" for kind in ("decoded", "bytes") if args.only in (None, kind)]:
             found: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
             for _ in range(args.rounds):
                 for contender in contenders:
@@ -162,7 +190,8 @@ def main() -> None:
                 ratio = median["fusiontrain"]["per_cpu"] / row["per_cpu"]
                 print(
                     f"{'decoded' if decode else 'bytes':8} {contender:12} {row['per_cpu']:8.0f} documents per CPU-s, {row['per_second']:7.0f} per s, "
-                    f"{row['per_sequence']:.2f} per sequence; fusiontrain is {ratio:.2f} times as fast per CPU-s"
+                    f"{row['per_sequence']:.2f} per sequence; fusiontrain is {ratio:.2f} times as fast per CPU-s",
+                    flush=True,
                 )
 
 

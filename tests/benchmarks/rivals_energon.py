@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron.energon as energon
-from rivals import BUFFER, LENGTH, SHUFFLE, Encoder
+from rivals import BUFFER, LENGTH, SHUFFLE, Encoder, finished
 
 from fusiontrain.data.packing import best_fit_decreasing
 from fusiontrain.data.tar import read_samples
@@ -61,7 +61,7 @@ def energon_sequences(folder: Path, tokenizer: Path, workers: int, epochs: int, 
     )  # fmt: skip
     left = epochs * sum(1 for shard in folder.glob("*.tar") for _ in read_samples(shard))
     for sample in energon.get_savable_loader(dataset):
-        yield sample.fields
+        yield finished(sample.fields)
         left -= sample.fields["documents"]
         if left <= 0:
             return

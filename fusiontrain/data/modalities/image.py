@@ -16,6 +16,8 @@ from fusiontrain.data.modalities.policy import whole_patches
 from fusiontrain.modality import IMAGE
 from fusiontrain.types import Segment
 
+PIXEL_SCALE = np.float32(127.5)
+
 
 def image_size(suffix: str, data: bytes) -> tuple[int, int]:
     """(height, width) of the upright image in pixels from its header, or of an array in latent cells or codes. Raises BadSample."""
@@ -40,13 +42,29 @@ def image_size(suffix: str, data: bytes) -> tuple[int, int]:
 
 def decode_image(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.ndarray, tuple[int, int]]:
     """Bytes of a member -> patches [n, C] float32 and their grid: pixels in [-1, 1], latents as stored. Raises BadSample."""
-    maps = _load_latent(data) if latents_of(suffix) == LATENT_SUFFIX else _load_pixels(suffix, data, config)
+    patches, grid = decode_patches(suffix, data, config)
+    return normalized(patches, np.empty(patches.shape, np.float32)), grid
+
+
+def decode_patches(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.ndarray, tuple[int, int]]:
+    """Bytes of a member -> patches [n, C] and their grid: pixels as uint8, latents as float32. Raises BadSample."""
+    is_latent = latents_of(suffix) == LATENT_SUFFIX
+    maps = _load_latent(data) if is_latent else decode_pixels(suffix, data, config).transpose(2, 0, 1)
     if maps.shape[0] != config.channels:
         raise BadSample(f"its .{suffix} has {maps.shape[0]} channels, data.image.channels={config.channels}", DECODE)
-    if not np.isfinite(maps).all():
+    if is_latent and not np.isfinite(maps).all():
         raise BadSample(f"its .{suffix} holds numbers that are not finite", DECODE)
     grid = whole_patches(maps.shape[1], maps.shape[2], config.patch_size)
     return patchify(maps, config.patch_size), grid
+
+
+def normalized(patches: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Writes patches as the model takes them into `out`, float32 of the same shape, and returns it: uint8 pixels in [-1, 1], else as they are."""
+    out[...] = patches
+    if patches.dtype == np.uint8:
+        out /= PIXEL_SCALE  # not times its inverse, which rounds otherwise
+        out -= 1
+    return out
 
 
 def decode_codes(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarray:
@@ -60,15 +78,17 @@ def decode_codes(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarra
 
 def image_segment(suffix: str, data: bytes, config: ImageDataConfig, max_timestep: float) -> Segment:
     """A member as a segment; a cap of 0 makes it context, not target."""
-    values, grid = decode_image(suffix, data, config)
+    values, grid = decode_patches(suffix, data, config)
     return Segment(IMAGE.name, values=values, grid=grid, bidirectional=True, is_target=max_timestep > 0, max_timestep=max_timestep)
 
 
 def patchify(maps: np.ndarray, side: int) -> np.ndarray:
-    """[channels, H, W] -> [(H / side) * (W / side), channels * side * side] float32."""
+    """[channels, H, W] -> [(H / side) * (W / side), channels * side * side] of the same dtype."""
     channels, height, width = maps.shape
-    cut = maps.reshape(channels, height // side, side, width // side, side).transpose(1, 3, 0, 2, 4)
-    return np.ascontiguousarray(cut, dtype=np.float32).reshape(-1, channels * side * side)
+    planes = np.ascontiguousarray(maps)
+    # A patch's row of pixels is moved as one item: numpy copies items fast and single bytes slowly.
+    rows = planes.view(np.dtype((np.void, side * maps.itemsize))).reshape(channels, height // side, side, width // side)
+    return np.ascontiguousarray(rows.transpose(1, 3, 0, 2)).view(maps.dtype).reshape(-1, channels * side * side)
 
 
 def load_array(suffix: str, data: bytes) -> np.ndarray:
@@ -91,8 +111,3 @@ def _load_latent(data: bytes) -> np.ndarray:
     if array.ndim != 3 or array.dtype.kind not in "fiu" or not array.size:
         raise BadSample(f"its .{LATENT_SUFFIX} is {array.dtype} {list(array.shape)}, expected numbers [channels, height, width]", DECODE)
     return array.astype(np.float32)
-
-
-def _load_pixels(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarray:
-    """[3, H, W] float32 in [-1, 1]."""
-    return decode_pixels(suffix, data, config).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
