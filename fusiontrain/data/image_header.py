@@ -15,6 +15,7 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers, SOF0 to SOF15 without DHT (C4), JPG (C8) and DAC (CC), which share their range.
 SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SOS, EOI, STANDALONE = 0xDA, 0xD9, frozenset([0x01, *range(0xD0, 0xD9)])
+TABLES = frozenset([0xC4, 0xDB, 0xDD, 0xE0])  # the most frequent segments: DHT, DQT, DRI, and the APP0 of JFIF
 SEGMENT, SIDES = struct.Struct(">BBH"), struct.Struct(">HH")  # 0xFF, marker, length from here on; height and width
 
 
@@ -61,6 +62,9 @@ def _jpeg(data: bytes) -> tuple[tuple[int, int] | None, bool]:
         fill, marker, length = SEGMENT.unpack_from(data, position)
         if fill != 0xFF or marker == EOI:
             break
+        if marker in TABLES:
+            position += 2 + length
+            continue
         if marker == SOS:
             return size, exif
         if marker in SOF and size is None:

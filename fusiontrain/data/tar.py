@@ -17,7 +17,8 @@ from fusiontrain.data.storage.shard import Shard
 from fusiontrain.utils.errors import UserError
 
 BLOCK = 512
-CHECKSUM = slice(148, 156)
+HEAD = 3 * BLOCK  # of a member: often a pax header of one block comes before its own
+CHECKSUM, SPACES = slice(148, 156), 8 * 32  # what counts for it in itself is eight spaces
 REGULAR, LONG_NAME, PAX = (b"0", b"\0"), b"L", b"x"
 COMMENTS = (b"g", b"K")  # pax for the whole tar, and the long name of a link's target: of no use here
 NOT_FILES = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
@@ -54,14 +55,19 @@ def read_samples(path: Shard) -> Iterator[TarSample]:
 def members_in(file: ShardFile, path: Shard) -> Iterator[Member]:
     """As `read_members`, of a file that is open already."""
     position, long_name = 0, None
+    first, head = 0, b""  # what was read last, and from where
+    pax_header, pax_length = b"", 0  # Python writes the same one, but for its checksum and size, before every member
     while True:
-        if position + BLOCK > file.size:
-            raise _damage(path, position, "the file ends without the two empty blocks that end a tar")
-        header = file.read(position, BLOCK)
+        header = head[position - first : position - first + BLOCK]
+        if len(header) < BLOCK:
+            if position + BLOCK > file.size:
+                raise _damage(path, position, "the file ends without the two empty blocks that end a tar")
+            first, head = position, file.read(position, min(HEAD, file.size - position))
+            header = head[:BLOCK]
         if not header[0] and not header.strip(b"\0"):
             _check_end(path, file, position)
             return
-        length = _check_header(path, header, position)
+        length = pax_length if header == pax_header else _check_header(path, header, position)
         kind, start = header[156:157], position + BLOCK
         following = start + -(-length // BLOCK) * BLOCK
         if following > file.size:
@@ -70,7 +76,10 @@ def members_in(file: ShardFile, path: Shard) -> Iterator[Member]:
             yield Member(long_name or _name(header), start, length)
             long_name = None
         elif kind == PAX:
-            long_name = _pax_path(path, file.read(start, length), position) or long_name
+            within = start - first
+            records = head[within : within + length] if within + length <= len(head) else file.read(start, length)
+            long_name = _pax_path(path, records, position) or long_name
+            pax_header, pax_length = header, length
         elif kind == LONG_NAME:
             long_name = _text(file.read(start, length).rstrip(b"\0"))
         elif kind in NOT_FILES:
@@ -88,7 +97,7 @@ def samples_in(file: ShardFile, path: Shard) -> Iterator[TarSample]:
     for member in members_in(file, path):
         folder, _, base = member.name.removeprefix("./").rpartition("/")
         stem, dot, suffix = base.partition(".")
-        if not dot or base.startswith("."):
+        if not dot or not stem:
             continue
         this_key = f"{folder}/{stem}" if folder else stem
         if this_key != key:
@@ -107,22 +116,22 @@ def samples_in(file: ShardFile, path: Shard) -> Iterator[TarSample]:
 
 def _check_header(path: Shard, header: bytes, position: int) -> int:
     """The member's size, after the header's checksum was found right."""
+    checksum, field = header[CHECKSUM], header[124:136]
     try:
-        stored = int(header[CHECKSUM].rstrip(b"\0 ").lstrip() or b"0", 8)
-        field = header[124:136]
+        stored = int(checksum.rstrip(b"\0 ").lstrip() or b"0", 8)
         length = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ").lstrip() or b"0", 8)
     except ValueError as error:
         raise _damage(path, position, "a header is unreadable") from error
     if length < 0:
         raise _damage(path, position, "a header is unreadable")
-    if stored != _sum(header[:256]) + _sum(header[256:]) - _sum(header[CHECKSUM]) + sum(b" " * 8):
+    if stored != _sum(header) - _sum(checksum) + SPACES:
         raise _damage(path, position, "a header does not match its checksum")
     return length
 
 
 def _sum(part: bytes) -> int:
-    """The sum of at most 256 bytes, which is the lower half of their Adler-32 less 1, at the speed of C."""
-    return (adler32(part) & 0xFFFF) - 1
+    """The sum of at most 512 bytes: of ASCII, which is at most 512 * 127, it is the lower half of their Adler-32, a sum modulo 65521, less 1."""
+    return (adler32(part) & 0xFFFF) - 1 if part.isascii() else sum(part)
 
 
 def _check_end(path: Shard, file: ShardFile, position: int) -> None:

@@ -6,10 +6,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.image_header import header_size
+from fusiontrain.data.image_header import has_exif, header_size, plain_size
 from fusiontrain.data.modalities.image import image_size
 
 SIZES = [(1, 1), (7, 300), (640, 33), (2000, 3)]
@@ -102,3 +102,33 @@ def test_a_side_of_zero_is_left_to_pillow():
     data = bytearray(encode("RGB", "PNG", (5, 5)))
     data[16:20] = bytes(4)
     assert header_size(bytes(data)) is None
+
+
+def segment(marker, payload):
+    return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
+
+
+@pytest.mark.parametrize("place", ["first", "behind a thumbnail", "behind the frame header", "behind fill bytes", "behind stray bytes"])
+def test_a_turned_photo_is_measured_upright_wherever_its_exif_lies(place):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, app1 = encode("RGB", "JPEG", (300, 200)), segment(0xE1, exif.tobytes())
+    frame = plain.index(b"\xff\xc0")
+    behind_frame = frame + 2 + int.from_bytes(plain[frame + 2 : frame + 4], "big")
+    data = {
+        "first": plain[:2] + app1 + plain[2:],
+        "behind a thumbnail": plain[:2] + segment(0xE2, encode("RGB", "JPEG", (16, 8))) + app1 + plain[2:],
+        "behind the frame header": plain[:behind_frame] + app1 + plain[behind_frame:],
+        "behind fill bytes": plain[:2] + b"\xff\xff" + app1 + plain[2:],
+        "behind stray bytes": plain[:behind_frame] + b"\0\0" + app1 + plain[behind_frame:],
+    }[place]
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image).size
+    assert upright == (200, 300) and image_size("0.jpg", data) == (300, 200)
+    assert has_exif(data) and plain_size(data) is None and header_size(data) == (200, 300)
+
+
+def test_a_jpeg_whose_tables_hold_the_bytes_of_a_marker_is_upright():
+    plain = encode("RGB", "JPEG", (300, 200))
+    data = plain[:2] + segment(0xFE, b"\xff\xe1 and \xff\xda") + plain[2:]
+    assert not has_exif(data) and plain_size(data) == image_size("0.jpg", data) == (200, 300)

@@ -14,7 +14,7 @@ from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.index_build import build_index
 from fusiontrain.data.index_cache import Reading, index_shard, index_sources
 from fusiontrain.data.shards import OpenShards, expand_shards
-from fusiontrain.data.tar import BLOCK, read_members, read_samples
+from fusiontrain.data.tar import BLOCK, members_in, read_members, read_samples
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards
@@ -131,6 +131,54 @@ def test_damage_in_a_pax_header_is_found(tmp_path, records):
     data[BLOCK : BLOCK + 17] = records[:17].ljust(17, b"x")
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged at offset 0: a pax header is unreadable"):
+        list(read_members(path))
+
+
+class Memory:
+    """A shard's file that lies in memory."""
+
+    far = False
+
+    def __init__(self, data):
+        self.data, self.size = bytes(data), len(data)
+
+    def read(self, offset, size):
+        return self.data[offset : offset + size]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("name", ["a.txt", "\xff" * 120 + "/" + "\xff" * 60 + ".txt"])
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_every_changed_byte_of_every_header_is_found(tmp_path, format, name):
+    """Also of the second of two pax headers that were alike, and of headers whose bytes add up to more than an Adler-32 can tell."""
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=format, encoding="latin-1") as tar:
+        for number in range(2):
+            info = tarfile.TarInfo(f"{number}{name}")
+            info.size, info.mtime = 1, 1.5 if format == tarfile.PAX_FORMAT else 1
+            info.linkname = info.uname = info.gname = "\xff" * 31 if name != "a.txt" else ""
+            tar.addfile(info, io.BytesIO(b"x"))
+    data = path.read_bytes()
+    headers = [place for place in range(0, len(data), BLOCK) if data[place + 257 : place + 262] == b"ustar"]
+    assert len(list(read_members(path))) == 2 and len(headers) >= 2
+    for header in headers:
+        for place in range(header, header + BLOCK):
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << place % 3  # bits in which no two digits of an octal number are equal
+            with pytest.raises(UserError, match=f"damaged at offset {header}: "):
+                list(members_in(Memory(damaged), path))
+
+
+def test_a_size_below_zero_is_damage(tmp_path):
+    path = write_shard(tmp_path / "x.tar", mixed_samples(2))
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"-0000001000\0"
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:BLOCK])
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged at offset 0: a header is unreadable"):
         list(read_members(path))
 
 
