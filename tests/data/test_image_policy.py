@@ -98,7 +98,7 @@ def test_a_native_picture_is_all_of_it_in_patches_of_its_grid(size):
     assert len(values) == rows * columns
     for (row, column), patch in zip(itertools.product(range(rows), range(columns)), values, strict=True):
         block = pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-        assert np.allclose(patch.reshape(3, 4, 4), block.transpose(2, 0, 1), atol=1e-6)
+        assert np.array_equal(patch.reshape(3, 4, 4), block.transpose(2, 0, 1)), "to the last bit"
 
 
 # ---------------------------------------------------------------- one index for all
