@@ -81,6 +81,8 @@ def _indexed(args: argparse.Namespace) -> Any:
     from fusiontrain.data.shards import expand_shards
     from fusiontrain.data.tokenizer import tokenizer_at
 
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
     shards = list(dict.fromkeys(shard for path in args.shards for shard in expand_shards(path)))
     how = Reading(sample_kind(args), False, None if args.out is None else Path(args.out))
     source = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())

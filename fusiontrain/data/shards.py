@@ -56,13 +56,17 @@ def _local(path: str, names: list[str], suffixes: Sequence[str]) -> list[Path]:
     shards: list[Path] = []
     for name in names:
         if Path(name).is_dir():
-            shards += [entry for entry in Path(name).iterdir() if entry.name.endswith(tuple(suffixes))]
+            entries = [entry for entry in Path(name).iterdir() if entry.name.endswith(tuple(suffixes))]
+            if odd := sorted(entry for entry in entries if not entry.is_file()):
+                raise UserError(f"{odd[0]}: not a regular file, so no shard; rename or remove it")
+            shards += entries
         elif Path(name).is_file():  # before the glob: a name may hold brackets of its own
             shards.append(Path(name))
         elif glob.has_magic(name):
             shards += [Path(found) for found in glob.glob(name) if Path(found).is_file()]
         else:
-            raise UserError(f"{name}: no such shard or folder of shards")
+            said = f"{name} (of {path})" if name != path else name
+            raise UserError(f"{said}: no such shard or folder of shards")
     if not shards:
         raise UserError(f"{path}: no file there that ends in {', '.join(suffixes)}")
     by_name = {os.fsencode(shard): shard for shard in shards}

@@ -21,7 +21,8 @@ HEAD = 3 * BLOCK  # of a member: often a pax header of one block comes before it
 CHECKSUM, SPACES = slice(148, 156), 8 * 32  # what counts for it in itself is eight spaces
 REGULAR, LONG_NAME, PAX = (b"0", b"\0"), b"L", b"x"
 COMMENTS = (b"g", b"K")  # pax for the whole tar, and the long name of a link's target: of no use here
-NOT_FILES = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+LINKS = (b"1", b"2")  # what GNU tar makes of a file that it has met before
+NOT_FILES = (b"3", b"4", b"5", b"6")  # devices, folders, pipes
 
 
 class Member(NamedTuple):
@@ -82,6 +83,8 @@ def members_in(file: ShardFile, path: Shard) -> Iterator[Member]:
             pax_header, pax_length = header, length
         elif kind == LONG_NAME:
             long_name = _text(file.read(start, length).rstrip(b"\0"))
+        elif kind in LINKS:
+            raise _damage(path, position, f"member {long_name or _name(header)} is a link; write the shard with the files themselves (tar -h --hard-dereference)")
         elif kind in NOT_FILES:
             long_name = None
         elif kind not in COMMENTS:

@@ -193,16 +193,28 @@ def test_names_that_are_not_utf8_stay_apart(tmp_path):
     assert len(index_of(path)) == 2
 
 
-def test_links_with_long_targets_are_passed_over(tmp_path):
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("folder", ["", "long/" * 30])
+def test_a_link_is_no_member_that_may_be_missing(tmp_path, kind, folder):
+    """GNU tar writes a file that it has met before as a link: to pass over it would make a picture's sample one of text alone."""
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        link = tarfile.TarInfo("long/" * 30 + "link.txt")
-        link.type, link.linkname = tarfile.SYMTYPE, "target/" * 30
-        tar.addfile(link)
         info = tarfile.TarInfo("a.txt")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"x"))
-    assert [member.name for member in read_members(path)] == ["a.txt"]
+        link = tarfile.TarInfo(f"{folder}link.txt")
+        link.type, link.linkname = kind, "target/" * 30
+        tar.addfile(link)
+    with pytest.raises(UserError, match=rf"member {folder}link\.txt is a link"):
+        list(read_members(path))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")], ids=["folder", "pipe", "broken link"])
+def test_what_is_called_a_shard_and_is_no_file_is_named(tmp_path, make):
+    write_shards(tmp_path, shards=1)
+    make(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=r"x\.tar: not a regular file"):
+        expand_shards(str(tmp_path))
 
 
 def test_a_member_that_comes_twice_is_refused(tmp_path):

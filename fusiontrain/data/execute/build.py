@@ -74,7 +74,8 @@ class Builder:
             read = member_reader(members, self.shards.file(source.shards[shard]))
             return build_document(sample, read, planned.places, planned.cut, self.data, self.tokenizer, ref)
         except BadSample as error:
-            return BadDocument(ref, error, min(member.offset for member in members.values()))
+            # Without its traceback, whose frames would hold the memory that the batch is built in, until a garbage collection.
+            return BadDocument(ref, BadSample(str(error), error.reason), min(member.offset for member in members.values()))
 
     def _sample(self, source: IndexedSource, shard: int, row: int, suffixes: list[str]) -> Sample:
         """The sample's pieces from the index and the token cache: neither its json nor its text is read again."""

@@ -73,6 +73,8 @@ def decode_pixels(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarr
         return _by_pillow(suffix, data, config)
     except (BadSample, UserError):
         raise
+    except UnidentifiedImageError:
+        raise BadSample(f"its .{suffix} is {'empty' if not data else 'of no known image format'}", DECODE) from None
     except Exception as error:  # readers, given damaged bytes, raise nearly anything
         raise BadSample(f"its .{suffix} is not an image that can be read ({error})", DECODE) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
@@ -34,6 +34,8 @@ def image_size(suffix: str, data: bytes) -> tuple[int, int]:
             image.seek(page)
             height, width = image.height, image.width
             turned = orientation(image) >= 5
+    except UnidentifiedImageError:
+        raise BadSample(f"its .{suffix} is {'empty' if not data else 'of no known image format'}", DECODE) from None
     except Exception as error:  # Pillow's readers, given damaged bytes, raise nearly anything
         raise BadSample(f"its .{suffix} is not an image that can be read ({error})", DECODE) from error
     refuse_bomb(suffix, height, width)
