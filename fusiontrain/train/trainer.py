@@ -110,10 +110,11 @@ class Trainer:
             counts, result = self._step(micro_batches, rate)
             totals = self._gather_totals(waited, time.perf_counter() - started)
             self.state = next_state(self.state, data_state.to_dict(), counts, result, skipped_before + totals.skipped_samples)
-            values = self._values(counts, result, totals, rate) | self._evaluate()
-            self._publish(values)
-            self._paint()
-            stopping = totals.stop_requested
+            stopping = totals.stop_requested  # whoever asked may not wait long: then save, and neither evaluate nor paint
+            values = self._values(counts, result, totals, rate)
+            self._publish(values if stopping else values | self._evaluate())
+            if not stopping:
+                self._paint()
             if stopping or self._due(config.checkpoint.every_steps) or self._is_last():
                 self._save()
             self._require_progress(result)

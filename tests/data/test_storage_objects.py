@@ -104,7 +104,7 @@ def test_what_is_missing_is_said_in_a_sentence(store):
         expand_shards("s3://data/nothing.tar", SETTINGS)
     with pytest.raises(UserError, match=r"^s3://data/empty/: is not there"):
         expand_shards("s3://data/empty/", SETTINGS)
-    with pytest.raises(UserError, match=r"^s3://data/other/\*\.tar: no \.tar or \.jsonl file there"):
+    with pytest.raises(UserError, match=r"^s3://data/other/\*\.tar: no \.tar file or \.jsonl there"):
         expand_shards("s3://data/other/*.tar", SETTINGS)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest

@@ -166,12 +166,13 @@ def test_a_run_continues_on_another_number_of_ranks(folder: Path, whole) -> None
 
 def test_a_stop_on_one_rank_saves_and_ends_all_and_the_rest_follows_later(folder: Path, whole) -> None:
     _, wanted = whole[2]
-    config = world_config(folder, {"run.dir": str(folder / "stopped"), "checkpoint.every_steps": 100})
+    config = world_config(folder, {"run.dir": str(folder / "stopped"), "checkpoint.every_steps": 100, "evaluate.every_steps": 1, "sample.every_steps": 3})
     finished, _, _ = run(config, 2, 2, 1)
     assert not finished
     # The signal comes at the end of step 2 on rank 1, so all ranks agree on it in step 3.
     assert [path.name for path in list_checkpoints(Path(config.run.dir) / "checkpoints")] == ["step-00000003"]
-    assert len(metrics(config)) == 3
+    assert ["validation/text" in line for line in metrics(config)] == [True, True, False], "a stop waits for no evaluation"
+    assert not list((Path(config.run.dir) / "samples").glob("*00000003*")), "and for no painting"
     finished, tensors, _ = run(config, 2)
     assert finished and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
 

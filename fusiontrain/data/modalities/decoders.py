@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 from PIL import __version__ as pillow_version
 
 from fusiontrain.config.schema import ImageDataConfig
@@ -74,7 +74,7 @@ def decode_pixels(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarr
     except (BadSample, UserError):
         raise
     except UnidentifiedImageError:
-        raise BadSample(f"its .{suffix} is {'empty' if not data else 'of no known image format'}", DECODE) from None
+        raise BadSample(f"its .{suffix} is not an image that can be read ({'its format is unknown' if data else 'it is empty'})", DECODE) from None
     except Exception as error:  # readers, given damaged bytes, raise nearly anything
         raise BadSample(f"its .{suffix} is not an image that can be read ({error})", DECODE) from error
 

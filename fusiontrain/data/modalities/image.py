@@ -35,7 +35,7 @@ def image_size(suffix: str, data: bytes) -> tuple[int, int]:
             height, width = image.height, image.width
             turned = orientation(image) >= 5
     except UnidentifiedImageError:
-        raise BadSample(f"its .{suffix} is {'empty' if not data else 'of no known image format'}", DECODE) from None
+        raise BadSample(f"its .{suffix} is not an image that can be read ({'its format is unknown' if data else 'it is empty'})", DECODE) from None
     except Exception as error:  # Pillow's readers, given damaged bytes, raise nearly anything
         raise BadSample(f"its .{suffix} is not an image that can be read ({error})", DECODE) from error
     refuse_bomb(suffix, height, width)
