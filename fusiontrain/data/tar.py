@@ -84,7 +84,7 @@ def members_in(file: ShardFile, path: Shard) -> Iterator[Member]:
         elif kind == LONG_NAME:
             long_name = _text(file.read(start, length).rstrip(b"\0"))
         elif kind in LINKS:
-            raise _damage(path, position, f"member {long_name or _name(header)} is a link; write the shard with the files themselves (tar -h --hard-dereference)")
+            raise _damage(path, position, f"member {long_name or _name(header)} is a link; write the shard with files alone (tar -h --hard-dereference)")
         elif kind in NOT_FILES:
             long_name = None
         elif kind not in COMMENTS:

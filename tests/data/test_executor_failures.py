@@ -225,3 +225,27 @@ def test_a_fence_is_waited_for_before_a_slot_is_used_again():
     ring.lease()
     assert events == ["free", "waited", "free"]
     ring.close()
+
+
+def test_bad_documents_hold_no_slot_of_the_ring(shards):
+    """A kept exception keeps the frames that it came through, and with them the memory of the batch, until a collection of garbage."""
+    loader = make_loader(shards, "threads", **{"data.prefetch_bytes": 1, "data.max_bad_fraction": 1.0})
+    for shard in loader.sources[0].shards:
+        shard.write_bytes(b"")  # whatever is read next is too short
+    seen: list[int] = []
+
+    def read() -> None:
+        with contextlib.closing(loader.iterate(0)) as steps:
+            seen.extend(state.step for _, state in itertools.islice(steps, 12))
+
+    gc.collect()
+    gc.disable()
+    try:
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        thread.join(30)
+    finally:
+        gc.enable()
+    assert seen == list(range(1, 13))
+    assert loader.skipped > 8
+    loader.close()

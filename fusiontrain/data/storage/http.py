@@ -72,7 +72,7 @@ def _split_login(url: str) -> tuple[str, dict[str, str]]:
 def _check(response: urllib3.BaseHTTPResponse, first: int, size: int) -> int | None:
     """The size of the whole file, after the answer was found to be the range that was asked for."""
     if response.status == 200:
-        raise TransientError("the server answers with the whole file (status 200) where a range was asked for (206); one without ranges is read by `pipe:curl -sf URL`")
+        raise TransientError("the server answers with the whole file (status 200) where a range was asked for (206); without ranges use `pipe:curl -sf URL`")
     if response.status == 416:
         raise FinalError("the file ends before this place (status 416)")
     if response.status != 206:
