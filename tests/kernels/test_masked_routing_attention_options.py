@@ -180,3 +180,27 @@ def test_what_does_not_fit_is_said(change: dict[str, torch.Tensor], message: str
     ranges = torch.zeros(5, 1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         masked_routing_attention(**{"q": q, "k": q, "v": q, "key_ranges": ranges, "query_ranges": ranges, **change})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["ragged", "blind padding"])
+def test_intervals_are_cut_off_at_the_first_and_the_last_row(impl: str, name: str) -> None:
+    """Those that reach an end go beyond it, and two more lie wholly outside."""
+    batch = LAYOUTS[name]
+    num_rows = len(batch)
+
+    def beyond(ranges: torch.Tensor) -> torch.Tensor:
+        low, high = ranges.unbind(-1)
+        sees = low < high
+        moved = torch.stack([low.where(~sees | (low > 0), -3), high.where(~sees | (high < num_rows), num_rows + 5)], -1)
+        outside = ranges.new_tensor([[-40, -30], [num_rows + 2, num_rows + 5]]).expand(num_rows, 2, 2)
+        return torch.cat([moved, outside], 1)
+
+    batch = Layout(batch.allowed, beyond(batch.key_ranges), beyond(batch.query_ranges))
+    *leaves, grad = inputs(num_rows, 2, 1, 8)
+    out, lse = run(impl, batch, leaves, return_lse=True)
+    expected, expected_lse = attend(*leaves, batch.allowed, SCALE)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
+    for actual, wanted in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        assert_close(actual, wanted)

@@ -83,6 +83,7 @@ def _wanted(plan: _Plan, grad_rows: torch.Tensor | None) -> list[bool]:
 
 
 def _make_plan(key_ranges: torch.Tensor) -> _Plan:
+    key_ranges = key_ranges.clamp(0, len(key_ranges))
     num_rows = _chunk_sizes(key_ranges)
     empty = key_ranges[..., :1] >= key_ranges[..., 1:]
     limits = torch.iinfo(key_ranges.dtype)
