@@ -61,7 +61,7 @@ def masked_routing_attention(
     Raises ValueError for an unknown impl, for one that cannot run here or on this, and for tensors that do not fit together.
     """
     attend = choose("masked_routing_attention", _IMPLEMENTATIONS, impl, auto=auto_triton(q, "chunked"))
-    given = Arguments(q, k, v, key_ranges, query_ranges, q.shape[-1] ** -0.5 if scale is None else scale, grad_rows, return_lse)
+    given = Arguments(q, k, v, key_ranges, query_ranges, max(q.shape[-1], 1) ** -0.5 if scale is None else scale, grad_rows, return_lse)
     given.check()
     out, lse = attend(given)
     return (out, lse) if return_lse else out

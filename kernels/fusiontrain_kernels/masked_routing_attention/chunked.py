@@ -51,9 +51,12 @@ def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tens
             if given.return_lse:
                 lses.append(_lse(chunk[0], chunk[1], chunk[3], given.scale))
     out = torch.cat(outs)
+    lse = torch.cat(lses, dim=1) if lses else None
     if not any(wanted):  # zeros for gradients, not an error
-        out = out + (q[:0].sum() + k[:0].sum() + v[:0].sum())
-    return out, torch.cat(lses, dim=1) if lses else None
+        scores = q[:0].sum() + k[:0].sum()
+        out = out + (scores + v[:0].sum())
+        lse = None if lse is None else lse + scores
+    return out, lse
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
