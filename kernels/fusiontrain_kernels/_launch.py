@@ -63,7 +63,7 @@ def device_offsets(bounds: Sequence[int] | None, offsets: torch.Tensor | None, n
         return torch.stack([x.new_full((), bound, dtype=torch.int32) for bound in bounds])
     if offsets.shape != (num_weights + 1,) or offsets.dtype != torch.int32 or offsets.device != x.device:
         raise ValueError(f"{operator}: offsets: must be int32 [{num_weights + 1}] on {x.device}, not {offsets.dtype} {list(offsets.shape)} on {offsets.device}")
-    return offsets
+    return offsets.contiguous()
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

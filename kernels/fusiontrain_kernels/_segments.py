@@ -15,11 +15,11 @@ def check_bounds(operator: str, bounds: tuple[int, ...], num_weights: int, num_r
         raise ValueError(f"{operator}: bounds={bounds}: must rise from 0 to the {num_rows} rows of x in {num_weights} segments")
 
 
-def check_like(operator: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
-    """Raises ValueError unless `tensor` has this shape, and x's dtype and device. A kernel would read beside one that has not."""
+def check_like(operator: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor, like: str = "x") -> None:
+    """Raises ValueError unless `tensor` has this shape, and x's dtype and device. A kernel would read beside one that has not. like: x's name."""
     if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
         wanted, found = f"{x.dtype} {list(shape)} on {x.device}", f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{operator}: {name}: must be {wanted} like x, not {found}: convert it, or choose another impl")
+        raise ValueError(f"{operator}: {name}: must be {wanted} like {like}, not {found}: convert it")
 
 
 def check_weights(operator: str, name: str, weights: Sequence[torch.Tensor | None], shape: tuple[int, ...], x: torch.Tensor) -> None:

@@ -129,3 +129,30 @@ def test_the_gradient_of_the_head_is_summed_in_float32() -> None:
     (actual,) = torch.autograd.grad(linear_cross_entropy(rows, weight, labels, loss_weights, impl="chunked"), weight)
     (one,) = torch.autograd.grad(formula(rows[:1], weight, labels[:1], loss_weights[:1], 0.0), weight)
     torch.testing.assert_close(actual.double(), 3200 * one.double(), rtol=2e-2, atol=1.0)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(3, 2, 4)}, r"hidden: must be \[n, D\], not \[3, 2, 4\]"),
+        ({"weight": torch.zeros(0, 4)}, "weight: must be .* V > 0"),
+        ({"weight": torch.zeros(7, 5)}, r"weight: must be torch.float32 \[7, 4\]"),
+        ({"weight": torch.zeros(7, 4).double()}, "weight: must be torch.float32"),
+        ({"labels": torch.zeros(3, dtype=torch.int32)}, "labels: must be torch.int64"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels: must be torch.int64 \[3\]"),
+        ({"loss_weights": torch.zeros(1)}, r"loss_weights: must be torch.float32 \[3\]"),
+    ],
+    ids=["hidden", "vocabulary", "width", "dtype", "labels", "number", "loss_weights"],
+)
+def test_what_does_not_fit_is_refused(impl: str, change: dict[str, torch.Tensor], message: str) -> None:
+    tensors = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "labels": torch.zeros(3, dtype=torch.int64), "loss_weights": torch.ones(3)}
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
+        linear_cross_entropy(**{**tensors, **change}, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_loss_weights_get_no_gradient(impl: str) -> None:
+    hidden, weight, labels, loss_weights = case(9)
+    linear_cross_entropy(hidden, weight, labels, loss_weights.requires_grad_(), impl=impl).backward()
+    assert loss_weights.grad is None

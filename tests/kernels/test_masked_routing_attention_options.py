@@ -169,14 +169,53 @@ def test_chunked_does_no_work_for_constants() -> None:
     [
         ({"k": torch.zeros(5, 1, 8)}, r"k and v must be \[5, K, 8\], K a divisor of 2.* not \[5, 1, 8\] and \[5, 2, 8\]"),
         ({"k": torch.zeros(5, 3, 8), "v": torch.zeros(5, 3, 8)}, "K a divisor of 2"),
+        ({"k": torch.zeros(5, 0, 8), "v": torch.zeros(5, 0, 8)}, "K a divisor of 2"),
+        ({"k": torch.zeros(5, 8), "v": torch.zeros(5, 8)}, "K a divisor of 2"),
+        ({"q": torch.zeros(5, 16)}, r"q must be \[T, H, Dh\]"),
+        (dict.fromkeys("qkv", torch.zeros(5, 2, 0)), "Dh > 0"),
+        ({"v": torch.zeros(5, 2, 8).double()}, "one dtype, not torch.float32, torch.float32 and torch.float64"),
+        ({"k": torch.zeros(5, 2, 8, device="meta")}, "k must be on cpu like q, not on meta"),
+        ({"grad_rows": torch.zeros(1, 2, dtype=torch.int32, device="meta")}, "grad_rows must be on cpu"),
         ({"key_ranges": torch.zeros(5, 1, 2)}, r"key_ranges must be int32 \[5, G, 2\], not torch.float32"),
         ({"query_ranges": torch.zeros(4, 1, 2, dtype=torch.int32)}, r"query_ranges must be int32 \[5, G, 2\]"),
         ({"grad_rows": torch.zeros(2, dtype=torch.int32)}, r"grad_rows must be int32 \[N, 2\], not torch.int32 \[2\]"),
     ],
-    ids=["k", "heads", "dtype", "rows", "grad_rows"],
+    ids=["k", "heads", "no heads", "k rank", "q rank", "no width", "one dtype", "device", "grad_rows device", "dtype", "rows", "grad_rows"],
 )
 def test_what_does_not_fit_is_said(change: dict[str, torch.Tensor], message: str) -> None:
     q = torch.zeros(5, 2, 8)
     ranges = torch.zeros(5, 1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         masked_routing_attention(**{"q": q, "k": q, "v": q, "key_ranges": ranges, "query_ranges": ranges, **change})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["ragged", "blind padding"])
+def test_intervals_are_cut_off_at_the_first_and_the_last_row(impl: str, name: str) -> None:
+    """Those that reach an end go beyond it, and two more lie wholly outside."""
+    batch = LAYOUTS[name]
+    num_rows = len(batch)
+
+    def beyond(ranges: torch.Tensor) -> torch.Tensor:
+        low, high = ranges.unbind(-1)
+        sees = low < high
+        moved = torch.stack([low.where(~sees | (low > 0), -3), high.where(~sees | (high < num_rows), num_rows + 5)], -1)
+        outside = ranges.new_tensor([[-40, -30], [num_rows + 2, num_rows + 5]]).expand(num_rows, 2, 2)
+        return torch.cat([moved, outside], 1)
+
+    batch = Layout(batch.allowed, beyond(batch.key_ranges), beyond(batch.query_ranges))
+    *leaves, grad = inputs(num_rows, 2, 1, 8)
+    out, lse = run(impl, batch, leaves, return_lse=True)
+    expected, expected_lse = attend(*leaves, batch.allowed, SCALE)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
+    for actual, wanted in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_wanted_rows_give_zeros_through_lse_alone(impl: str) -> None:
+    batch = LAYOUTS["below a tile"]
+    *leaves, _ = inputs(len(batch), 2, 1, 8)
+    _, lse = run(impl, batch, leaves, grad_rows=torch.zeros(0, 2, dtype=torch.int32), return_lse=True)
+    assert all(not grad.any() for grad in torch.autograd.grad(lse.sum(), leaves[:2]))

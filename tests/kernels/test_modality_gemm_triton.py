@@ -237,3 +237,12 @@ def test_tensors_that_a_kernel_would_read_beside_are_refused() -> None:
         gemm(main_grads=[torch.zeros(40, 24), torch.zeros(24, 40).T])
     with pytest.raises(ValueError, match="one per weight, and no biases"):
         gemm(main_grads=[torch.zeros(40, 24)])
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_biases_and_offsets_may_be_views(expanded: bool) -> None:
+    case = Case((13, 0, 37))
+    biases = [bias[:1].detach().expand(40) if expanded else torch.stack([bias.detach(), -bias.detach()], 1)[:, 0] for bias in case.biases]
+    offsets = torch.stack([case.offsets, case.offsets * 0], 1)[:, 0]
+    out = modality_gemm(case.x, case.weights, case.bounds, biases, offsets=offsets, impl="triton")
+    assert_same(out, case.dense(case.weights, biases), 1e-12)

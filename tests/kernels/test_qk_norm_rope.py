@@ -231,3 +231,12 @@ def test_what_does_not_fit_is_refused() -> None:
         call(k_weights=[case.cos[0, :6]] * 2)
     with pytest.raises(ValueError, match="offsets: must be int32"):
         call(offsets=case.offsets.long())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("odd", ["q", "k"])
+def test_an_odd_head_is_refused(impl: str, odd: str) -> None:
+    x = {"q": torch.zeros(6, 2, 8), "k": torch.zeros(6, 1, 8)}
+    x[odd] = x[odd][..., :7]
+    with pytest.raises(ValueError, match=f"qk_norm_rope: {odd}: must be .* with an even Dh"):
+        qk_norm_rope(**x, q_weights=None, k_weights=None, cos=torch.ones(6, 8), sin=torch.ones(6, 8), bounds=(0, 6), eps=EPS, impl=impl)

@@ -178,3 +178,19 @@ def test_a_new_routing_does_not_recompile() -> None:
         for a, b in zip(torch.autograd.grad(trained(*arguments).sum(), leaves), wanted, strict=True):
             assert_same(a, b, 1e-12)
     assert compiles == 1
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_swiglu_takes_two_alike_matrices(impl: str) -> None:
+    x = normal(6, 8, seed=1)
+    with pytest.raises(ValueError, match=r"swiglu: gate: must be \[T, F\], not \[2, 3, 8\]"):
+        swiglu(x.view(2, 3, 8), x.view(2, 3, 8), impl=impl)
+    with pytest.raises(ValueError, match=r"swiglu: up: must be torch.float64 \[6, 8\]"):
+        swiglu(x, x[:1], impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_rope_refuses_an_odd_head(impl: str) -> None:
+    x = normal(6, 2, 7, seed=1)
+    with pytest.raises(ValueError, match=r"rope: x: must be \[T, H, Dh\] with an even Dh, not \[6, 2, 7\]"):
+        rope(x, x[:, 0], x[:, 0], impl=impl)

@@ -6,6 +6,7 @@ import torch
 
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton, require_triton
+from fusiontrain_kernels._segments import check_like
 from fusiontrain_kernels.linear_cross_entropy import chunked, reference
 
 
@@ -20,10 +21,24 @@ def linear_cross_entropy(
     z_loss adds that many times the square of the log of the softmax's denominator to each row (PaLM, arXiv 2204.02311, section 5).
 
     impl: auto (triton on a GPU, else chunked), reference, chunked (256 rows at a time; the backward only scales, there is no second
-    derivative), triton (1024 rows at a time, softmax and gradient in place). Raises ValueError for another impl.
+    derivative), triton (1024 rows at a time, softmax and gradient in place). In none of them do loss_weights get a
+    gradient. Raises ValueError for another impl, and for tensors that do not fit together.
     """
-    name = auto_triton(hidden, "chunked")
-    return choose("linear_cross_entropy", _IMPLEMENTATIONS, impl, auto=name)(hidden, weight, labels, loss_weights, z_loss)
+    implementation = choose("linear_cross_entropy", _IMPLEMENTATIONS, impl, auto=auto_triton(hidden, "chunked"))
+    _check(hidden, weight, labels, loss_weights)
+    return implementation(hidden, weight, labels, loss_weights, z_loss)
+
+
+def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor) -> None:
+    if hidden.dim() != 2:
+        raise ValueError(f"linear_cross_entropy: hidden: must be [n, D], not {list(hidden.shape)}")
+    if weight.dim() != 2 or len(weight) == 0:
+        raise ValueError(f"linear_cross_entropy: weight: must be [V, {hidden.shape[1]}] with V > 0, not {list(weight.shape)}")
+    check_like("linear_cross_entropy", "weight", weight, (len(weight), hidden.shape[1]), hidden, "hidden")
+    for name, tensor, dtype in [("labels", labels, torch.int64), ("loss_weights", loss_weights, loss_weights.dtype)]:
+        if tensor.shape != hidden.shape[:1] or tensor.dtype != dtype or tensor.device != hidden.device:
+            wanted, found = f"{dtype} [{len(hidden)}] on {hidden.device}", f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"linear_cross_entropy: {name}: must be {wanted}, not {found}")
 
 
 def _chunked(

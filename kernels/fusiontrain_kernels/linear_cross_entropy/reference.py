@@ -14,4 +14,4 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
     losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
     if z_loss:
         losses = losses + z_loss * logits.logsumexp(-1).square()
-    return (losses * loss_weights * counted).sum()
+    return (losses * loss_weights.detach() * counted).sum()

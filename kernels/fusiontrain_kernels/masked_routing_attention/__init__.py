@@ -45,6 +45,7 @@ def masked_routing_attention(
     q [T, H, Dh]; k and v [T, K, Dh], K divides H and query head h reads key head h // (H / K); scale: of the scores, default Dh^-0.5.
     key_ranges [T, G, 2] int32: query r sees the rows `key_ranges[r, g, 0] <= row < key_ranges[r, g, 1]` for every g. The G intervals of
     a query must not overlap; nothing else is asked of them, so keys are hidden from the middle of one by giving both its ends (G + 1).
+    What of an interval lies outside 0..T is cut off.
     query_ranges [T, G', 2] int32: the transpose, for the backward of implementations that need it.
 
     grad_rows [N, 2] int32: intervals of rows. q, k and v of all other rows are constants and get zeros for gradients, whose work is not
@@ -60,7 +61,7 @@ def masked_routing_attention(
     Raises ValueError for an unknown impl, for one that cannot run here or on this, and for tensors that do not fit together.
     """
     attend = choose("masked_routing_attention", _IMPLEMENTATIONS, impl, auto=auto_triton(q, "chunked"))
-    given = Arguments(q, k, v, key_ranges, query_ranges, q.shape[-1] ** -0.5 if scale is None else scale, grad_rows, return_lse)
+    given = Arguments(q, k, v, key_ranges, query_ranges, max(q.shape[-1], 1) ** -0.5 if scale is None else scale, grad_rows, return_lse)
     given.check()
     out, lse = attend(given)
     return (out, lse) if return_lse else out

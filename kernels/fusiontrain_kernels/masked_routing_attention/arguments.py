@@ -21,13 +21,22 @@ class Arguments(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for tensors that do not fit together."""
-        num_rows, num_heads, head_dim = self.q.shape
-        k, v = self.k, self.v
-        if k.shape != v.shape or (len(k), k.shape[2]) != (num_rows, head_dim) or num_heads % k.shape[1]:
+        q, k, v = self.q, self.k, self.v
+        if q.dim() != 3 or q.shape[2] == 0:
+            raise ValueError(f"masked_routing_attention: q must be [T, H, Dh] with Dh > 0, not {list(q.shape)}")
+        num_rows, num_heads, head_dim = q.shape
+        fits = k.dim() == 3 and k.shape == v.shape and (len(k), k.shape[2]) == (num_rows, head_dim) and k.shape[1] > 0
+        if not fits or num_heads % k.shape[1]:
             raise ValueError(
                 f"masked_routing_attention: k and v must be [{num_rows}, K, {head_dim}], K a divisor of {num_heads}, as q is {list(self.q.shape)}, "
                 f"not {list(k.shape)} and {list(v.shape)}"
             )
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(f"masked_routing_attention: q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+        others = {"k": k, "v": v, "key_ranges": self.key_ranges, "query_ranges": self.query_ranges, "grad_rows": self.grad_rows}
+        for name, tensor in others.items():
+            if tensor is not None and tensor.device != q.device:
+                raise ValueError(f"masked_routing_attention: {name} must be on {q.device} like q, not on {tensor.device}")
         for name, ranges in (("key_ranges", self.key_ranges), ("query_ranges", self.query_ranges)):
             if ranges.dim() != 3 or (len(ranges), ranges.shape[2]) != (num_rows, 2) or ranges.dtype != torch.int32:
                 raise ValueError(f"masked_routing_attention: {name} must be int32 [{num_rows}, G, 2], not {ranges.dtype} {list(ranges.shape)}")

@@ -51,9 +51,12 @@ def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tens
             if given.return_lse:
                 lses.append(_lse(chunk[0], chunk[1], chunk[3], given.scale))
     out = torch.cat(outs)
+    lse = torch.cat(lses, dim=1) if lses else None
     if not any(wanted):  # zeros for gradients, not an error
-        out = out + (q[:0].sum() + k[:0].sum() + v[:0].sum())
-    return out, torch.cat(lses, dim=1) if lses else None
+        scores = q[:0].sum() + k[:0].sum()
+        out = out + (scores + v[:0].sum())
+        lse = None if lse is None else lse + scores
+    return out, lse
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -83,6 +86,7 @@ def _wanted(plan: _Plan, grad_rows: torch.Tensor | None) -> list[bool]:
 
 
 def _make_plan(key_ranges: torch.Tensor) -> _Plan:
+    key_ranges = key_ranges.clamp(0, len(key_ranges))
     num_rows = _chunk_sizes(key_ranges)
     empty = key_ranges[..., :1] >= key_ranges[..., 1:]
     limits = torch.iinfo(key_ranges.dtype)

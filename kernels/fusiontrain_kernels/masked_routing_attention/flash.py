@@ -34,7 +34,7 @@ def causal_documents(key_ranges: torch.Tensor) -> tuple[torch.Tensor, int]:
     Raises ValueError unless every row sees exactly the rows from the first of its document to itself.
     """
     rows = torch.arange(len(key_ranges), device=key_ranges.device)
-    low, high = key_ranges.long().unbind(-1)  # [T, G]
+    low, high = key_ranges.long().clamp(0, len(rows)).unbind(-1)  # [T, G]
     sees = low < high
     first = low.where(sees, len(rows)).amin(1)
     is_prefix = (high.where(sees, 0).amax(1) == rows + 1) & ((high - low).where(sees, 0).sum(1) == rows + 1 - first)

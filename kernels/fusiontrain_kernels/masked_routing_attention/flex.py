@@ -18,7 +18,8 @@ def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tens
     from torch.nn.attention.flex_attention import AuxRequest
 
     q, k, v = given.held()
-    blind = (given.key_ranges[..., 0] >= given.key_ranges[..., 1]).all(1)
+    ranges = given.key_ranges.clamp(0, len(q))
+    blind = (ranges[..., 0] >= ranges[..., 1]).all(1)
     options = {"block_mask": _block_mask(given.key_ranges), "scale": given.scale, "enable_gqa": True, "return_aux": AuxRequest(lse=given.return_lse)}
     try:
         out, rest = _compiled("flex_attention", q.device.type)(*(tensor.transpose(0, 1)[None] for tensor in (q, k, v)), **options)

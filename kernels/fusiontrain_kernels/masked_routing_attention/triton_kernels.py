@@ -42,11 +42,11 @@ def _store_rows(base, start, stride, num_rows, tile, BLOCK: tl.constexpr, D: tl.
 
 @triton.jit
 def _intervals(ranges, rows, num_rows, g, G: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows' intervals in slice g, and four tile numbers: all between the first and the last are visited, those between the middle two
+    """The rows' intervals in slice g within 0..num_rows, and four tile numbers: all between the first and the last are visited, those between the middle two
     lie in the interval of every row: none, where a row sees nothing. Rows behind the end have no say."""
     exists = rows < num_rows
-    low = tl.load(ranges + (rows * G + g) * 2, mask=exists, other=0)
-    high = tl.load(ranges + (rows * G + g) * 2 + 1, mask=exists, other=0)
+    low = tl.maximum(tl.load(ranges + (rows * G + g) * 2, mask=exists, other=0), 0)
+    high = tl.minimum(tl.load(ranges + (rows * G + g) * 2 + 1, mask=exists, other=0), num_rows)
     sees = low < high
     first = tl.min(tl.where(sees, low, _BEYOND), 0) // BLOCK
     last = (tl.max(tl.where(sees, high, 0), 0) + BLOCK - 1) // BLOCK

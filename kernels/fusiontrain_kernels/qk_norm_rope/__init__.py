@@ -42,10 +42,18 @@ def qk_norm_rope(
     Raises ValueError for another impl, one that cannot run here, bounds that do not fit, and (triton) tensors that do not fit each other.
     """
     turn = choose("qk_norm_rope", IMPLEMENTATIONS, impl, auto=auto_triton(q, "reference"))
+    for name, heads in [("q", q), ("k", k)]:
+        check_heads("qk_norm_rope", name, heads)
     if offsets is None and turn is _triton and (q_weights or k_weights):
         check_bounds("qk_norm_rope", bounds, len(q_weights or k_weights or ()), len(q))
         offsets = device_offsets(bounds, None, len(bounds) - 1, q, "qk_norm_rope")
     return turn(q, q_weights, cos, sin, bounds, eps, offsets), turn(k, k_weights, cos, sin, bounds, eps, offsets)
+
+
+def check_heads(operator: str, name: str, x: torch.Tensor) -> None:
+    """Raises ValueError unless x is [T, H, Dh] and its heads have two halves."""
+    if x.dim() != 3 or x.shape[2] % 2:
+        raise ValueError(f"{operator}: {name}: must be [T, H, Dh] with an even Dh, not {list(x.shape)}")
 
 
 def _triton(

@@ -6,7 +6,7 @@ import torch
 
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton
-from fusiontrain_kernels.qk_norm_rope import IMPLEMENTATIONS
+from fusiontrain_kernels.qk_norm_rope import IMPLEMENTATIONS, check_heads
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -14,6 +14,8 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "
 
     x [T, H, Dh], Dh even; cos and sin [T, Dh] in x's dtype, both halves carrying the same angles. Returns [T, H, Dh].
     impl: auto (triton on a GPU, else reference), reference, triton (rounds once, at the end; no gradient for cos and sin).
-    Raises ValueError for another impl, and where triton cannot run.
+    Raises ValueError for another impl, where triton cannot run, and for an odd Dh.
     """
-    return choose("rope", IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, None, cos, sin, (0, len(x)), 0.0, None)
+    turn = choose("rope", IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))
+    check_heads("rope", "x", x)
+    return turn(x, None, cos, sin, (0, len(x)), 0.0, None)

@@ -12,7 +12,6 @@ from fusiontrain_kernels.swiglu import reference
 
 def _triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     require_triton("swiglu", gate)
-    check_like("swiglu", "up", up, gate.shape, gate)
     from fusiontrain_kernels.swiglu import triton_ops
 
     return triton_ops.swiglu(gate, up)
@@ -25,6 +24,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str = "auto") -> torch
     """`silu(gate) * up`, elementwise; both [T, F] of one dtype -> [T, F].
 
     impl: auto (triton on a GPU, else reference), reference, triton. Raises ValueError for another impl, where triton cannot
-    run, and there for an up that is not like gate.
+    run, for a gate that is not [T, F], and for an up that is not like it.
     """
-    return choose("swiglu", _IMPLEMENTATIONS, impl, auto=auto_triton(gate, "reference"))(gate, up)
+    implementation = choose("swiglu", _IMPLEMENTATIONS, impl, auto=auto_triton(gate, "reference"))
+    if gate.dim() != 2:
+        raise ValueError(f"swiglu: gate: must be [T, F], not {list(gate.shape)}")
+    check_like("swiglu", "up", up, tuple(gate.shape), gate, "gate")
+    return implementation(gate, up)
