@@ -271,3 +271,11 @@ def test_what_does_not_fit_is_refused_by_all(impl: str) -> None:
         modality_swiglu(x, [weight] * 2, [weight] * 3, (0, 4, 9), impl=impl)
     with pytest.raises(ValueError, match=r"modality_swiglu: ups\[1\]: must be torch.float32 \[16, 8\]"):
         modality_swiglu(x, [weight] * 2, [weight, weight[:8]], (0, 4, 9), impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", [0, 1])
+def test_grouped_mm_takes_rows_at_any_distance(dtype: torch.dtype, first: int) -> None:
+    x, weights = normal(9, 17, seed=1, dtype=dtype)[:, first : first + 16], list(normal(2, 8, 16, seed=2, dtype=dtype))
+    out = modality_gemm(x, weights, (0, 4, 9), impl="grouped_mm")
+    assert_same(out, modality_gemm(x, weights, (0, 4, 9), impl="reference"), 2e-2 if dtype == torch.bfloat16 else 1e-5)

@@ -38,7 +38,8 @@ def modality_gemm(
     weights' gradients to them and leaves the weights' own `.grad` alone.
 
     impl: auto (triton on a GPU, else segments), reference, segments (one ATen GEMM per modality; no second derivative), grouped_mm
-    (torch.nn.functional.grouped_mm, weights stacked in every call), triton.
+    (torch.nn.functional.grouped_mm, weights stacked in every call;
+    under torch.compile bfloat16 alone), triton.
     Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and tensors that do not fit each other.
     """
     implementation = choose("modality_gemm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "segments"))
