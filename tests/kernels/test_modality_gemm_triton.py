@@ -235,7 +235,7 @@ def test_tensors_that_a_kernel_would_read_beside_are_refused() -> None:
         gemm(main_grads=[None, torch.zeros(40, 24)])
     with pytest.raises(ValueError, match=r"main_grads\[1\]: must be contiguous \[40, 24\]"):
         gemm(main_grads=[torch.zeros(40, 24), torch.zeros(24, 40).T])
-    with pytest.raises(ValueError, match="main_grads: must have one dtype, not torch.float32 and torch.float64"):
+    with pytest.raises(ValueError, match=r"main_grads: must have one dtype, not torch.float32 and torch.float64"):
         gemm(main_grads=[torch.zeros(40, 24), torch.zeros(40, 24, dtype=torch.float64)])
     with pytest.raises(ValueError, match="one per weight, and no biases"):
         gemm(main_grads=[torch.zeros(40, 24)])
