@@ -69,6 +69,8 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Option
     parser.add_argument("--only", default="", help="regular expression for cases")
     parser.add_argument("--out", type=Path, help="CSV file to append to; default results/<device>.csv; '-' writes none")
     given = parser.parse_args(arguments)
+    if given.rounds < 1:
+        parser.error(f"--rounds {given.rounds}: at least 1")
     device = torch.device(given.device)
     out = given.out or RESULTS / (re.sub(r"\W+", "-", device_name(device)).strip("-").lower() + ".csv")
     size = given.size or ("gpu" if device.type == "cuda" else "cpu")

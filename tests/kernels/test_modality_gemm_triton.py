@@ -235,6 +235,8 @@ def test_tensors_that_a_kernel_would_read_beside_are_refused() -> None:
         gemm(main_grads=[None, torch.zeros(40, 24)])
     with pytest.raises(ValueError, match=r"main_grads\[1\]: must be contiguous \[40, 24\]"):
         gemm(main_grads=[torch.zeros(40, 24), torch.zeros(24, 40).T])
+    with pytest.raises(ValueError, match=r"main_grads: must have one dtype, not torch.float32 and torch.float64"):
+        gemm(main_grads=[torch.zeros(40, 24), torch.zeros(40, 24, dtype=torch.float64)])
     with pytest.raises(ValueError, match="one per weight, and no biases"):
         gemm(main_grads=[torch.zeros(40, 24)])
 
@@ -246,3 +248,34 @@ def test_biases_and_offsets_may_be_views(expanded: bool) -> None:
     offsets = torch.stack([case.offsets, case.offsets * 0], 1)[:, 0]
     out = modality_gemm(case.x, case.weights, case.bounds, biases, offsets=offsets, impl="triton")
     assert_same(out, case.dense(case.weights, biases), 1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "segments", "grouped_mm", "triton"])
+def test_what_does_not_fit_is_refused_by_all(impl: str) -> None:
+    x, weight, bias = torch.zeros(9, 8), torch.zeros(16, 8), torch.zeros(16)
+
+    def gemm(weights: list[torch.Tensor], biases: list[torch.Tensor | None] | None = None) -> None:
+        modality_gemm(x, weights, (0, 4, 9), biases, impl=impl)
+
+    with pytest.raises(ValueError, match="modality_gemm: weights: must be at least one"):
+        modality_gemm(x, [], (0,), impl=impl)
+    with pytest.raises(ValueError, match=r"modality_gemm: weights\[1\]: must be torch.float32 \[16, 8\]"):
+        gemm([weight, weight[:15]])
+    with pytest.raises(ValueError, match=r"modality_gemm: weights\[0\]: must be torch.float32 \[16, 8\]"):
+        gemm([weight[:, :7], weight])
+    with pytest.raises(ValueError, match="modality_gemm: biases: 1 for 2 modalities"):
+        gemm([weight, weight], [bias])
+    with pytest.raises(ValueError, match=r"modality_gemm: biases\[1\]: must be torch.float32 \[16\]"):
+        gemm([weight, weight], [None, bias[:1]])
+    with pytest.raises(ValueError, match="modality_swiglu: ups: 3 for 2 modalities"):
+        modality_swiglu(x, [weight] * 2, [weight] * 3, (0, 4, 9), impl=impl)
+    with pytest.raises(ValueError, match=r"modality_swiglu: ups\[1\]: must be torch.float32 \[16, 8\]"):
+        modality_swiglu(x, [weight] * 2, [weight, weight[:8]], (0, 4, 9), impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", [0, 1])
+def test_grouped_mm_takes_rows_at_any_distance(dtype: torch.dtype, first: int) -> None:
+    x, weights = normal(9, 17, seed=1, dtype=dtype)[:, first : first + 16], list(normal(2, 8, 16, seed=2, dtype=dtype))
+    out = modality_gemm(x, weights, (0, 4, 9), impl="grouped_mm")
+    assert_same(out, modality_gemm(x, weights, (0, 4, 9), impl="reference"), 2e-2 if dtype == torch.bfloat16 else 1e-5)

@@ -141,3 +141,9 @@ def test_the_first_run_sees_an_error_and_runs_that_differ(scripts: dict[str, Mod
     x = torch.ones(5, dtype=torch.bfloat16).requires_grad_()
     wrong, differs = first_run.faults(first_run.Case("wrong", call, [x]), 2)[::2]
     assert wrong.startswith("result 0 [5]: error 5.00e-01") and differs == "run 1 gives other bits than run 0"
+
+
+def test_no_rounds_are_an_error(scripts: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        scripts["first_run"].main(["--size", "toy", "--device", "cpu", "--rounds", "0"])
+    assert "--rounds 0: at least 1" in capsys.readouterr().err

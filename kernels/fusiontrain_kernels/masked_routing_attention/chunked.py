@@ -1,7 +1,7 @@
 """masked_routing_attention in chunks of neighbouring queries, each over the few keys that any of them sees. Plain PyTorch, any device.
 
 The plan of a call (which chunks, which keys, which masks) depends on `key_ranges` alone and is read by the host, which on a GPU waits for
-the device. It is made once per `key_ranges` tensor.
+the device. It is made once per `key_ranges` tensor. Making it breaks torch.compile's graph: not for fullgraph=True.
 """
 
 from __future__ import annotations

@@ -38,10 +38,15 @@ def modality_gemm(
     weights' gradients to them and leaves the weights' own `.grad` alone.
 
     impl: auto (triton on a GPU, else segments), reference, segments (one ATen GEMM per modality; no second derivative), grouped_mm
-    (torch.nn.functional.grouped_mm, weights stacked in every call), triton.
-    Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and (triton) tensors that do not fit each other.
+    (torch.nn.functional.grouped_mm, weights stacked in every call;
+    under torch.compile bfloat16 alone), triton.
+    Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and tensors that do not fit each other.
     """
     implementation = choose("modality_gemm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "segments"))
+    shape = _check_weights("modality_gemm", "weights", weights, x)
+    if biases is not None:
+        _check_count("modality_gemm", "biases", biases, weights)
+        check_weights("modality_gemm", "biases", biases, shape[:1], x)
     if main_grads is not None and implementation is not _triton:
         raise ValueError("modality_gemm: main_grads: only impl='triton' adds to them")
     return implementation(x, weights, bounds, biases, offsets, main_grads)
@@ -54,10 +59,30 @@ def modality_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bound
     reference, segments, grouped_mm, triton (both products and the activation in one launch).
     """
     name = auto_triton(x, "segments") if impl == "auto" else impl
+    choose("modality_swiglu", _IMPLEMENTATIONS, name, auto=name)
+    shape = _check_weights("modality_swiglu", "gates", gates, x)
+    _check_count("modality_swiglu", "ups", ups, gates)
+    check_weights("modality_swiglu", "ups", ups, shape, x)
     if name == "triton":
         return _triton_swiglu(x, gates, ups, bounds, offsets)
     gate, up = (modality_gemm(x, weights, bounds, offsets=offsets, impl=name) for weights in (gates, ups))
     return swiglu(gate, up, impl="reference" if name == "reference" else "auto")
+
+
+def _check_weights(operator: str, name: str, weights: Weights, x: torch.Tensor) -> tuple[int, ...]:
+    """-> the shape [N, Kin] that all of them have. Raises ValueError if they have not."""
+    if x.dim() != 2:
+        raise ValueError(f"{operator}: x: must be [T, Kin], not {list(x.shape)}")
+    if len(weights) == 0 or weights[0].dim() != 2:
+        raise ValueError(f"{operator}: {name}: must be at least one tensor [N, {x.shape[1]}], not {[list(weight.shape) for weight in weights]}")
+    shape = (weights[0].shape[0], x.shape[1])
+    check_weights(operator, name, weights, shape, x)
+    return shape
+
+
+def _check_count(operator: str, name: str, tensors: Biases, weights: Weights) -> None:
+    if len(tensors) != len(weights):
+        raise ValueError(f"{operator}: {name}: {len(tensors)} for {len(weights)} modalities: one for each")
 
 
 def _reference(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: object, main_grads: object) -> torch.Tensor:
@@ -82,9 +107,6 @@ def _triton(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | 
     require_triton("modality_gemm", x)
     from fusiontrain_kernels.modality_gemm import triton_ops
 
-    shape = (len(weights[0]), x.shape[1])
-    check_weights("modality_gemm", "weights", weights, shape, x)
-    check_weights("modality_gemm", "biases", biases or [], shape[:1], x)
     if main_grads is not None:
         _check_main_grads(main_grads, weights, biases)
     filled = [] if biases is None else [weights[0].new_zeros(len(weights[0])) if bias is None else bias for bias in biases]
@@ -95,6 +117,9 @@ def _triton(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | 
 def _check_main_grads(main_grads: Biases, weights: Weights, biases: Biases | None) -> None:
     if biases is not None or len(main_grads) != len(weights):
         raise ValueError(f"modality_gemm: main_grads: {len(main_grads)} for {len(weights)} weights: one per weight, and no biases")
+    dtypes = {str(grad.dtype) for grad in main_grads if grad is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"modality_gemm: main_grads: must have one dtype, not {' and '.join(sorted(dtypes))}")
     for m, (grad, weight) in enumerate(zip(main_grads, weights, strict=True)):
         if grad is None and weight.requires_grad:
             raise ValueError(f"modality_gemm: main_grads[{m}]: is None though weights[{m}] requires a gradient: pass a tensor to add it to")
@@ -106,8 +131,6 @@ def _triton_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bounds
     require_triton("modality_swiglu", x)
     from fusiontrain_kernels.modality_gemm import triton_ops
 
-    for name, weights in [("gates", gates), ("ups", ups)]:
-        check_weights("modality_swiglu", name, weights, (len(gates[0]), x.shape[1]), x)
     return triton_ops.gemm_swiglu(x, list(gates), list(ups), _offsets(x, gates, bounds, offsets))[0]
 
 

@@ -38,9 +38,10 @@ def _gemm(kernel: str, xs: Tensors, weights: Tensors, biases: Tensors, offsets: 
     config = _config(kernel, x, num_rows, width)
     out = x.new_empty(num_rows, width)
     groups = tuple(tuple(weights[i : i + num_modalities]) for i in range(0, len(weights), num_modalities))
+    added = tuple(bias.contiguous() for bias in biases)
     with on_device(x):
         triton_kernels.gemm[(_tiles(config, num_rows, width, num_modalities),)](
-            tuple(xs), groups, tuple(bias.contiguous() for bias in biases) or groups[0], out, offsets, num_rows, width, inner, x.stride(0), weights[0].stride(0),
+            tuple(xs), groups, added or groups[0], out, offsets, num_rows, width, inner, x.stride(0), weights[0].stride(0),
             M=num_modalities, PAIRS=len(xs), HAS_BIAS=bool(biases), TRANSPOSED=transposed, EVEN=inner % config.inner == 0, ACC=accumulator(x),
             BM=config.rows, BN=config.columns, BK=config.inner, GROUP=GROUP, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
