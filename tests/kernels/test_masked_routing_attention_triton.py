@@ -202,7 +202,7 @@ def test_compiles_once_for_all_routings() -> None:
 
 @pytest.mark.parametrize(
     ("dim", "dtypes", "message"),
-    [(512, [torch.float32] * 3, "head dim of 512, at most 256"), (16, [torch.float32, torch.float16, torch.float32], "one floating dtype")],
+    [(512, [torch.float32] * 3, "head dim of 512, at most 256"), (16, [torch.float32, torch.float16, torch.float32], "must have one dtype")],
 )
 def test_what_the_kernels_cannot_take(dim: int, dtypes: list[torch.dtype], message: str) -> None:
     q, k, v = (torch.zeros(2, 1, dim, dtype=dtype) for dtype in dtypes)
