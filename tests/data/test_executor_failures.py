@@ -25,7 +25,8 @@ from fusiontrain.testing.shards import write_shards
 from fusiontrain.utils.errors import UserError
 
 TRAINER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background has it ignored
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
@@ -193,7 +194,10 @@ def test_a_trainer_that_is_killed_leaves_no_worker_and_no_name_of_shared_memory(
         pids = [int(pid) for pid in trainer.stdout.readline().split()]
         assert [mappings(pid) for pid in (trainer.pid, *pids)] == [1, 1, 1]
         os.killpg(trainer.pid, number)
-        trainer.wait(20)
+        try:
+            trainer.wait(20)
+        finally:
+            trainer.kill()
     assert wait_until(lambda: not any(map(is_running, pids)))
 
 
