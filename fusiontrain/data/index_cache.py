@@ -119,18 +119,6 @@ def measure_shards(
     return MeasuredShards(folders, tuple(shards), _files(indexes, parse_index), _files(tokens[0], parse_tokens) if tokens else None)
 
 
-def index_shard(shard: Shard, how: Reading) -> ShardIndex:
-    """The index of one shard, read from its file or built and kept there. Raises UserError when the tar is damaged."""
-    folder, row = _index_one(shard, stat_of(shard), how)
-    return ShardFiles([folder], Table.of(type(row), [row]), parse_index)[0]
-
-
-def tokens_of_shard(shard: Shard, index: ShardIndex, how: Reading, tokenizer: Tokenizer) -> TokenCache:
-    """The token ids of an indexed shard, from their file or tokenised and kept there. Raises UserError where they cannot be kept."""
-    folder, row = _tokenize_one(shard, stat_of(shard), index, how, tokenizer)
-    return ShardFiles([folder], Table.of(type(row), [row]), parse_tokens)[0]
-
-
 def stat_of(shard: Shard) -> Stat:
     """The shard's size and time, or tag, as they are now."""
     return Stat(*state(shard))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +13,9 @@ from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents, image_suffixes, latents_of, split_page
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.jsonl import samples_of
+from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.modalities.decoders import decode_pixels
 from fusiontrain.data.modalities.image import image_size, load_array
-from fusiontrain.data.storage.files import ReadAhead
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.storage.shard import Shard
 from fusiontrain.data.tar import Member, TarSample
@@ -64,11 +62,10 @@ def find_sample(shards: Sequence[Shard], wanted: str) -> tuple[Shard, int, TarSa
     is_number = wanted.isdecimal() and str(int(wanted)) == wanted
     passed = 0
     for shard in shards:
-        with closing(ReadAhead(open_shard(shard))) as file:
-            for number, sample in enumerate(samples_of(file, shard)):
-                if (passed == int(wanted)) if is_number else (sample.key == wanted):
-                    return shard, number, sample
-                passed += 1
+        for number, sample in enumerate(shard_samples(shard)):
+            if (passed == int(wanted)) if is_number else (sample.key == wanted):
+                return shard, number, sample
+            passed += 1
     raise UserError(f"--sample {wanted}: the shards hold {passed} samples, " + ("counted from 0" if is_number else "none with that key"))
 
 

@@ -24,15 +24,9 @@ def samples_of(file: ShardFile, path: Shard) -> Iterator[TarSample]:
 
 
 def shard_samples(path: Shard) -> Iterator[TarSample]:
-    """As `samples_of`, of a shard that is opened for it."""
+    """As `samples_of`, of a shard that is opened for it and read from front to back."""
     with closing(ReadAhead(open_shard(path))) as file:
         yield from samples_of(file, path)
-
-
-def read_lines(path: Shard) -> Iterator[TarSample]:
-    """As `lines_in`, of a shard that is opened for it."""
-    with closing(ReadAhead(open_shard(path))) as file:
-        yield from lines_in(file, path)
 
 
 def lines_in(file: ShardFile, path: Shard) -> Iterator[TarSample]:

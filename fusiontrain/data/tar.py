@@ -7,12 +7,10 @@ without a word. Here each of these is an error that names the shard and the offs
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from typing import NamedTuple
 from zlib import adler32
 
-from fusiontrain.data.storage.files import ReadAhead, ShardFile
-from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.storage.files import ShardFile
 from fusiontrain.data.storage.shard import Shard
 from fusiontrain.utils.errors import UserError
 
@@ -41,20 +39,8 @@ class TarSample(NamedTuple):
     members: dict[str, Member]
 
 
-def read_members(path: Shard) -> Iterator[Member]:
-    """Every regular file of a tar (ustar, pax and GNU long names), in order. Raises UserError at the first damage."""
-    with closing(ReadAhead(open_shard(path))) as file:
-        yield from members_in(file, path)
-
-
-def read_samples(path: Shard) -> Iterator[TarSample]:
-    """The samples of a webdataset shard. Raises UserError where the members of a sample are not neighbours or a name comes twice."""
-    with closing(ReadAhead(open_shard(path))) as file:
-        yield from samples_in(file, path)
-
-
 def members_in(file: ShardFile, path: Shard) -> Iterator[Member]:
-    """As `read_members`, of a file that is open already."""
+    """Every regular file of an open tar (ustar, pax and GNU long names), in order. Raises UserError at the first damage."""
     position, long_name = 0, None
     first, head = 0, b""  # what was read last, and from where
     pax_header, pax_length = b"", 0  # Python writes the same one, but for its checksum and size, before every member
@@ -93,7 +79,7 @@ def members_in(file: ShardFile, path: Shard) -> Iterator[Member]:
 
 
 def samples_in(file: ShardFile, path: Shard) -> Iterator[TarSample]:
-    """As `read_samples`, of a file that is open already."""
+    """The samples of an open webdataset shard. Raises UserError where the members of a sample are not neighbours or a name comes twice."""
     seen: set[str] = set()
     key: str | None = None
     members: dict[str, Member] = {}

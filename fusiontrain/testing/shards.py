@@ -5,12 +5,22 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
+
+from fusiontrain.data.index import ShardIndex
+from fusiontrain.data.index_cache import Reading, measure_shards
+from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.tar import Member, members_in
+from fusiontrain.data.token_cache import TokenCache
+from fusiontrain.data.tokenizer import Tokenizer
+
+AUTO = Reading("auto", False)
 
 
 def png(seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB", format: str = "PNG") -> bytes:
@@ -51,6 +61,24 @@ def mixed_samples(count: int, first: int = 0) -> list[dict[str, Any]]:
         )
         samples.append(interleaved(*shapes[number % 4]))
     return samples
+
+
+def read_members(shard: Path) -> list[Member]:
+    """Every member of a tar."""
+    with closing(open_shard(shard)) as file:
+        return list(members_in(file, shard))
+
+
+def index_of(shard: Path, how: Reading = AUTO) -> ShardIndex:
+    """The index of one shard, kept where a training keeps it."""
+    return measure_shards([shard], how, None).indexes[0]
+
+
+def tokens_of(shard: Path, tokenizer: Tokenizer, how: Reading = AUTO) -> TokenCache:
+    """Its token ids, likewise."""
+    tokens = measure_shards([shard], how, tokenizer).tokens
+    assert tokens is not None
+    return tokens[0]
 
 
 def write_shards(folder: Path, shards: int = 2, samples: int = 12) -> str:

@@ -34,9 +34,9 @@ from fusiontrain.config.schema import Config
 from fusiontrain.data.index import member_reader
 from fusiontrain.data.index_build import build_index
 from fusiontrain.data.index_cache import index_sources
+from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.plan import Plan
 from fusiontrain.data.shards import OpenShards
-from fusiontrain.data.tar import read_samples
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 
@@ -140,7 +140,7 @@ def decode_speed(folder: Path) -> str:
     documents = []
     for shard in sorted(folder.glob("*.tar")):
         with shard.open("rb") as file:
-            for sample in read_samples(shard):
+            for sample in shard_samples(shard):
                 members = [member for suffix, member in sample.members.items() if suffix != "json"]
                 documents.append([os.pread(file.fileno(), member.size, member.offset) for member in members])
 

@@ -13,8 +13,8 @@ from typing import Any
 import megatron.energon as energon
 from rivals import BUFFER, LENGTH, SHUFFLE, Encoder, finished
 
+from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.packing import best_fit_decreasing
-from fusiontrain.data.tar import read_samples
 
 
 @dataclass
@@ -59,7 +59,7 @@ def energon_sequences(folder: Path, tokenizer: Path, workers: int, epochs: int, 
         str(folder), worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=workers), batch_size=None,
         shuffle_buffer_size=SHUFFLE, max_samples_per_sequence=SHUFFLE, packing_buffer_size=BUFFER, task_encoder=Packing(tokenizer, decode),
     )  # fmt: skip
-    left = epochs * sum(1 for shard in folder.glob("*.tar") for _ in read_samples(shard))
+    left = epochs * sum(1 for shard in folder.glob("*.tar") for _ in shard_samples(shard))
     for sample in energon.get_savable_loader(dataset):
         yield finished(sample.fields)
         left -= sample.fields["documents"]

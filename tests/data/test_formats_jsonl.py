@@ -11,7 +11,7 @@ from fusiontrain.config.validate import file_problems
 from fusiontrain.data import jsonl
 from fusiontrain.data.index_build import build_index
 from fusiontrain.data.index_cache import index_sources
-from fusiontrain.data.jsonl import read_lines
+from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ def test_every_line_is_found_by_its_bytes(tmp_path, layout):
     lines = [line("eins"), line("zwei", url="x"), line("dréi — \u2028 <|image|>")]
     path = write(tmp_path / "x.jsonl", layout % tuple(lines))
     content = path.read_bytes()
-    found = [sample.members["json"] for sample in read_lines(path)]
+    found = [sample.members["json"] for sample in shard_samples(path)]
     assert [content[m.offset : m.offset + m.size] for m in found] == lines
     index = build_index(path, "auto", False)
     assert len(index) == 3
@@ -54,7 +54,7 @@ def test_every_line_is_found_by_its_bytes(tmp_path, layout):
 
 def test_keys_are_the_numbers_that_an_editor_shows(tmp_path):
     path = write(tmp_path / "x.jsonl", b"\n" + line("a") + b"\n\n" + line("b"))
-    assert [sample.key for sample in read_lines(path)] == ["line-2", "line-4"]
+    assert [sample.key for sample in shard_samples(path)] == ["line-2", "line-4"]
 
 
 BROKEN = [b"{", b'{"text": 3}', b'"a text"', b'{"content": "a"}', b'{"text": "\xff"}', b'{"text": ""}', b"[" * 100_000, b'{"text": "a"} {"text": "b"}']
@@ -90,7 +90,7 @@ def test_a_line_with_images_says_that_the_shard_has_none(tmp_path):
 
 
 def test_an_empty_file_has_no_samples(tmp_path):
-    assert list(read_lines(write(tmp_path / "x.jsonl", b""))) == []
+    assert list(shard_samples(write(tmp_path / "x.jsonl", b""))) == []
 
 
 def config_of(path, **source):

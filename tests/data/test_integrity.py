@@ -15,13 +15,10 @@ from fusiontrain.cli.main import main
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.index import member_reader
 from fusiontrain.data.index_build import build_index
-from fusiontrain.data.index_cache import Reading, index_shard
 from fusiontrain.data.storage.open import open_shard
-from fusiontrain.data.tar import BLOCK, read_members
-from fusiontrain.testing.shards import mixed_samples, write_shard
+from fusiontrain.data.tar import BLOCK
+from fusiontrain.testing.shards import index_of, mixed_samples, read_members, write_shard
 from fusiontrain.utils.errors import UserError
-
-AUTO = Reading("auto", False)
 
 # What is done at the header of the third member, and whether tarfile says so (None: that depends on how it is read).
 DAMAGE = {
@@ -41,7 +38,7 @@ def test_damage_that_tarfile_passes_over_is_named_with_its_offset(tmp_path, dama
                 info = tarfile.TarInfo(f"{number}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    members = list(read_members(path))
+    members = read_members(path)
     at = members[2].offset - BLOCK
     path.write_bytes(damage(path.read_bytes(), at))
     if tarfile_notices is False:
@@ -76,7 +73,7 @@ def test_verify_names_every_member_that_changed(tmp_path, capsys):
     import os
 
     path = write_shard(tmp_path / "x.tar", mixed_samples(8))
-    stat, index = path.stat(), index_shard(path, AUTO)
+    stat, index = path.stat(), index_of(path)
     changed = [index.members(1)["0.png"], index.members(4)["json"]]
     assert main(["data", "verify", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"samples": 8, "problems": 0}

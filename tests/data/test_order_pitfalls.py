@@ -18,11 +18,10 @@ import torch
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.plan import Anchor
 from fusiontrain.data.storage.open import open_shard
-from fusiontrain.data.tar import read_members
 from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
-from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards
+from fusiontrain.testing.shards import interleaved, mixed_samples, png, read_members, write_shard, write_shards
 from fusiontrain.utils.errors import UserError
 
 SETTINGS = {"train.global_batch_sequences": 4, "data.pack_window_documents": 16}
@@ -145,4 +144,4 @@ def test_sparse_members_are_refused_and_not_read_as_holes(tmp_path):
         info.type = tarfile.GNUTYPE_SPARSE
         tar.addfile(info)
     with pytest.raises(UserError, match=r"x\.tar: damaged at offset 0: members of type b'S' are not supported"):
-        list(read_members(path))
+        read_members(path)

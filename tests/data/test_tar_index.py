@@ -14,19 +14,16 @@ import pytest
 
 from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.index_build import build_index
-from fusiontrain.data.index_cache import Reading, index_shard, index_sources
+from fusiontrain.data.index_cache import index_sources
+from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.shards import OpenShards, expand_shards
-from fusiontrain.data.tar import BLOCK, members_in, read_members, read_samples
+from fusiontrain.data.tar import BLOCK, members_in
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
-from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards
+from fusiontrain.testing.shards import index_of, interleaved, mixed_samples, png, read_members, write_shard, write_shards
 from fusiontrain.utils.errors import UserError
 
 TOKENIZER = load_tokenizer(tiny_config())
-
-
-def index_of(path, kind="auto", latents=False):
-    return build_index(path, kind, latents)
 
 
 # ---------------------------------------------------------------- names
@@ -112,7 +109,7 @@ def test_every_damage_is_found_and_placed(tmp_path, damage):
     data = path.read_bytes()
     path.write_bytes(damage(data, starts))
     with pytest.raises(UserError, match=r"x\.tar: damaged at offset \d+: .+") as error:
-        list(read_members(path))
+        read_members(path)
     assert "\n" not in str(error.value)
 
 
@@ -133,7 +130,7 @@ def test_damage_in_a_pax_header_is_found(tmp_path, records):
     data[BLOCK : BLOCK + 17] = records[:17].ljust(17, b"x")
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged at offset 0: a pax header is unreadable"):
-        list(read_members(path))
+        read_members(path)
 
 
 class Memory:
@@ -164,7 +161,7 @@ def test_every_changed_byte_of_every_header_is_found(tmp_path, format, name):
             tar.addfile(info, io.BytesIO(b"x"))
     data = path.read_bytes()
     headers = [place for place in range(0, len(data), BLOCK) if data[place + 257 : place + 262] == b"ustar"]
-    assert len(list(read_members(path))) == 2 and len(headers) >= 2
+    assert len(read_members(path)) == 2 and len(headers) >= 2
     for header in headers:
         for place in range(header, header + BLOCK):
             damaged = bytearray(data)
@@ -181,7 +178,7 @@ def test_a_size_below_zero_is_damage(tmp_path):
     data[148:156] = b"%06o\0 " % sum(data[:BLOCK])
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged at offset 0: a header is unreadable"):
-        list(read_members(path))
+        read_members(path)
 
 
 def test_names_that_are_not_utf8_stay_apart(tmp_path):
@@ -192,7 +189,7 @@ def test_names_that_are_not_utf8_stay_apart(tmp_path):
             info.size = 1
             tar.addfile(info, io.BytesIO(b"x"))
     assert [member.name for member in read_members(path)] == ["\\xe9.txt", "\\xe8.txt"]
-    assert len(index_of(path)) == 2
+    assert len(build_index(path, "auto", False)) == 2
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
@@ -208,7 +205,7 @@ def test_a_link_is_no_member_that_may_be_missing(tmp_path, kind, folder):
         link.type, link.linkname = kind, "target/" * 30
         tar.addfile(link)
     with pytest.raises(UserError, match=rf"member {folder}link\.txt is a link"):
-        list(read_members(path))
+        read_members(path)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")], ids=["folder", "pipe", "broken link"])
@@ -226,7 +223,7 @@ def test_a_member_that_comes_twice_is_refused(tmp_path):
             (tmp_path / "f").write_text("x")
             tar.add(tmp_path / "f", name)
     with pytest.raises(UserError, match=r"sample 'a': member \.TXT comes twice, the second at offset \d+"):
-        list(read_samples(path))
+        list(shard_samples(path))
 
 
 def test_members_of_a_sample_must_be_neighbours(tmp_path):
@@ -236,7 +233,7 @@ def test_members_of_a_sample_must_be_neighbours(tmp_path):
             (tmp_path / name).write_text("x")
             tar.add(tmp_path / name, name)
     with pytest.raises(UserError, match=r"sample 'a' .* not neighbours"):
-        list(read_samples(path))
+        list(shard_samples(path))
 
 
 def test_keys_end_at_the_first_dot_and_suffixes_are_lower_case(tmp_path):
@@ -245,7 +242,7 @@ def test_keys_end_at_the_first_dot_and_suffixes_are_lower_case(tmp_path):
         (tmp_path / "f").write_text("x")
         for name in ("./sub/a.b.TXT", "./sub/a.JSON"):
             tar.add(tmp_path / "f", name)
-    (sample,) = read_samples(path)
+    (sample,) = shard_samples(path)
     assert sample.key == "sub/a"
     assert set(sample.members) == {"b.txt", "json"}
 
@@ -255,7 +252,7 @@ def test_keys_end_at_the_first_dot_and_suffixes_are_lower_case(tmp_path):
 
 def test_index_measures_texts_and_images(tmp_path):
     samples = [interleaved(["one", None, "two!"], [None, png(0, (12, 20)), None]), {"txt": b"abc", "jpg": png(1, (30, 10), format="JPEG")}]
-    index = index_of(write_shard(tmp_path / "x.tar", samples))
+    index = build_index(write_shard(tmp_path / "x.tar", samples), "auto", False)
     assert index.kinds.tolist() == [TEXT_PIECE, IMAGE_PIECE, TEXT_PIECE, TEXT_PIECE, IMAGE_PIECE]
     assert index.text_bytes.tolist() == [3, 0, 4, 3, 0]
     assert index.heights.tolist() == [0, 20, 0, 0, 10]
@@ -267,7 +264,7 @@ def test_index_measures_texts_and_images(tmp_path):
 def test_members_in_the_index_are_the_bytes_that_were_written(tmp_path):
     samples = mixed_samples(6)
     path = write_shard(tmp_path / "x.tar", samples)
-    index = index_of(path)
+    index = build_index(path, "auto", False)
     data = path.read_bytes()
     for row, members in enumerate(samples):
         found = {suffix: data[m.offset : m.offset + m.size] for suffix, m in index.members(row).items()}
@@ -275,7 +272,6 @@ def test_members_in_the_index_are_the_bytes_that_were_written(tmp_path):
         assert {m.crc for m in index.members(row).values()} == {zlib.crc32(content) for content in members.values()}
 
 
-AUTO = Reading("auto", False)
 
 BAD = {
     "no json": ({"bin": b"x"}, "has no text"),
@@ -300,7 +296,7 @@ def test_a_bad_sample_is_named_and_the_others_stay(tmp_path, members, reason):
     import re
 
     good = mixed_samples(2)
-    index = index_of(write_shard(tmp_path / "x.tar", [good[0], members, good[1]]))
+    index = build_index(write_shard(tmp_path / "x.tar", [good[0], members, good[1]]), "auto", False)
     assert index.numbers.tolist() == [0, 2]
     ((number, _, found),) = index.bad
     assert number == 1
@@ -309,24 +305,28 @@ def test_a_bad_sample_is_named_and_the_others_stay(tmp_path, members, reason):
 
 def test_index_is_cached_until_the_shard_changes(tmp_path):
     path = write_shard(tmp_path / "x.tar", mixed_samples(2))
-    first = index_shard(path, AUTO)
-    (cached,) = (tmp_path / ".fusiontrain-index").iterdir()
+    first = index_of(path)
+    (cached,) = (tmp_path / ".fusiontrain-index").glob("*.index")
     before = cached.stat().st_mtime_ns
-    again = index_shard(path, AUTO)
+    again = index_of(path)
     assert all(np.array_equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
     assert cached.stat().st_mtime_ns == before
     write_shard(path, mixed_samples(3))
-    assert len(index_shard(path, AUTO)) == 3
+    assert len(index_of(path)) == 3
 
 
-def test_a_damaged_index_is_built_anew(tmp_path):
+def test_a_damaged_index_is_named_and_without_a_manifest_built_anew(tmp_path):
     path = write_shard(tmp_path / "x.tar", mixed_samples(3))
-    index_shard(path, AUTO)
-    (cached,) = (tmp_path / ".fusiontrain-index").iterdir()
+    index_of(path)
+    (cached,) = (tmp_path / ".fusiontrain-index").glob("*.index")
     sound = cached.read_bytes()
     for damage in (b"", sound[:100], sound[:-30], b"x" * len(sound)):
         cached.write_bytes(damage)
-        assert len(index_shard(path, AUTO)) == 3
+        with pytest.raises(UserError, match=r"x\.\w+\.index: this part of the index is damaged"):
+            len(index_of(path))
+        for manifest in cached.parent.glob("manifest.*"):
+            manifest.unlink()
+        assert len(index_of(path)) == 3
         assert cached.read_bytes() == sound
 
 
@@ -334,10 +334,10 @@ def test_where_the_shards_lie_read_only_the_index_goes_to_the_temporary_folder(t
     path = write_shard(tmp_path / "shards" / "x.tar", mixed_samples(3))
     (tmp_path / "shards" / ".fusiontrain-index").write_text("in the way: works for root too")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert len(index_shard(path, AUTO)) == 3
+    assert len(index_of(path)) == 3
     (cached,) = tmp_path.glob("fusiontrain-index-*/*/*.index")
     before = cached.stat().st_mtime_ns
-    assert len(index_shard(path, AUTO)) == 3
+    assert len(index_of(path)) == 3
     assert cached.stat().st_mtime_ns == before
 
 

@@ -11,15 +11,13 @@ import tokenizers
 from fusiontrain.config.schema import TokenizerConfig
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index import TEXT_PIECE, member_reader
-from fusiontrain.data.index_cache import Reading, index_shard, tokens_of_shard
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.token_cache import ids_dtype
 from fusiontrain.data.tokenizer import byte_tokenizer, tokenizer_at
-from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard
+from fusiontrain.testing.shards import index_of, interleaved, mixed_samples, png, tokens_of, write_shard
 
 MARKERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|image|>", "<|end_image|>"]
 CONFIG = TokenizerConfig(begin_text_token=MARKERS[0], end_text_token=MARKERS[1], begin_image_token=MARKERS[2], end_image_token=MARKERS[3])
-AUTO = Reading("auto", False)
 TEXTS = [
     "plain words",
     " a leading space, and a trailing one ",
@@ -51,9 +49,9 @@ def samples():
 def test_cached_ids_are_those_of_the_live_tokenizer(tmp_path, bpe, name):
     tokenizer = bpe if name == "bpe" else byte_tokenizer(TokenizerConfig())
     shard = write_shard(tmp_path / "x.tar", samples())
-    index = index_shard(shard, AUTO)
+    index = index_of(shard)
     for _ in range(2):  # built, then read
-        cache = tokens_of_shard(shard, index, AUTO, tokenizer)
+        cache = tokens_of(shard, tokenizer)
         assert cache.dtype == np.uint16
         file, tokens = open_shard(shard), open_shard(cache.path)
         for row in range(len(index)):
@@ -77,8 +75,7 @@ def test_ids_take_two_bytes_where_they_fit(vocab_size, dtype):
 
 def test_each_tokenizer_has_a_cache_of_its_own_and_shares_the_index(tmp_path, bpe):
     shard = write_shard(tmp_path / "x.tar", mixed_samples(4))
-    index = index_shard(shard, AUTO)
-    paths = {tokens_of_shard(shard, index, AUTO, t).path for t in (bpe, byte_tokenizer(TokenizerConfig()))}
+    paths = {tokens_of(shard, t).path for t in (bpe, byte_tokenizer(TokenizerConfig()))}
     assert len(paths) == 2
     assert len(list((tmp_path / ".fusiontrain-index").glob("*.index"))) == 1
 
@@ -89,7 +86,7 @@ def test_many_may_build_at_once(tmp_path):
     found = []
 
     def build():
-        cache = tokens_of_shard(shard, index_shard(shard, AUTO), AUTO, tokenizer)
+        cache = tokens_of(shard, tokenizer)
         found.append((cache.path, cache.counts.tolist()))
 
     threads = [threading.Thread(target=build) for _ in range(6)]
@@ -99,4 +96,5 @@ def test_many_may_build_at_once(tmp_path):
         thread.join()
     assert len(found) == 6
     assert all(one == found[0] for one in found)
-    assert len(list((tmp_path / ".fusiontrain-index").iterdir())) == 2, "an index, its tokens, and nothing half written"
+    kept = sorted(path.name.split(".", 1)[0] for path in (tmp_path / ".fusiontrain-index").iterdir())
+    assert kept == ["manifest", "manifest", "x", "x"], "an index, its tokens, a manifest of each, and nothing half written"

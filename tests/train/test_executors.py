@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fusiontrain.config.schema import Config
-from fusiontrain.data.index_cache import Reading, index_shard
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.parallel.mesh import read_ranks
+from fusiontrain.testing.shards import index_of
 from fusiontrain.testing.training import world_config
 from fusiontrain.train.build import build_trainer
 from fusiontrain.train.metrics import read_metrics
@@ -50,7 +50,7 @@ def train(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def rot(shard: Path, row: int) -> dict[str, Any]:
     """Flip one bit in the image of a sample, unseen by whoever looks at size and time; returns what is to be said of it."""
-    index, stat = index_shard(shard, Reading("auto", False)), shard.stat()
+    index, stat = index_of(shard), shard.stat()
     members = index.members(row)
     image = next(member for suffix, member in members.items() if suffix.endswith(("png", "jpg")))
     data = bytearray(shard.read_bytes())
