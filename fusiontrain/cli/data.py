@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_world(args: argparse.Namespace) -> dict[str, Any]:
-    from fusiontrain.data.world import make_world
+    from fusiontrain.data.world.make import make_world
 
     info = make_world(args.directory, args.documents, args.seed)
     return {"world": args.directory, "seed": args.seed, **{f"{split} documents": count for split, count in info["documents"].items()}}
@@ -77,7 +77,7 @@ def _indexed(args: argparse.Namespace) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from fusiontrain.config.schema import TokenizerConfig
-    from fusiontrain.data.index_cache import Reading, measure_shards
+    from fusiontrain.data.index.cache import Reading, measure_shards
     from fusiontrain.data.shards import expand_shards
     from fusiontrain.data.tokenizer import tokenizer_at
 
@@ -98,7 +98,7 @@ def _indexed(args: argparse.Namespace) -> Any:
 
 
 def _index(args: argparse.Namespace) -> dict[str, Any]:
-    from fusiontrain.data.exclude import exclude, read_exclusions
+    from fusiontrain.data.index.exclude import exclude, read_exclusions
 
     found = _indexed(args)
     excluded = exclude(found.shards, read_exclusions(Path(args.exclude)) if args.exclude else {}, None if args.out is None else Path(args.out))
@@ -116,7 +116,7 @@ def _index(args: argparse.Namespace) -> dict[str, Any]:
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
     """Structure and headers are checked by indexing; then every member is read again, its CRC32 compared, and every image decoded."""
-    from fusiontrain.data.verify import verify_shard
+    from fusiontrain.data.index.verify import verify_shard
 
     problems: list[str] = []
     samples = 0
@@ -132,8 +132,8 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
 def _planned(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """(config, tokenizer, plan) of the training that the arguments name."""
     from fusiontrain.config.load import load
-    from fusiontrain.data.index_cache import index_sources
-    from fusiontrain.data.plan import Plan
+    from fusiontrain.data.index.cache import index_sources
+    from fusiontrain.data.plan.plan import Plan
     from fusiontrain.data.tokenizer import load_tokenizer
 
     config = load(args.config, args.overrides)
@@ -144,7 +144,7 @@ def _planned(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    from fusiontrain.data.plan_report import report
+    from fusiontrain.data.plan.report import report
 
     if args.steps < 1 or args.world_size < 1:
         raise UserError(f"--steps {args.steps} --world-size {args.world_size}: both must be at least 1")
@@ -156,7 +156,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 def _peek(args: argparse.Namespace) -> dict[str, Any]:
     """Steps count from 1, as in metrics.jsonl: step N is what the N-th update was computed from."""
     from fusiontrain.data.peek import peek
-    from fusiontrain.data.plan import check_world_size
+    from fusiontrain.data.plan.plan import check_world_size
 
     config, tokenizer, plan = _planned(args)
     if args.step < 1 or not 0 <= args.rank < args.world_size:

@@ -162,8 +162,8 @@ class Demo:
     # ---------------------------------------------------------------- stages
 
     def _make_world(self) -> None:
-        from fusiontrain.data.world import make_world
-        from fusiontrain.data.world_tokenizer import write_tokenizer
+        from fusiontrain.data.world.make import make_world
+        from fusiontrain.data.world.tokenizer import write_tokenizer
 
         make_world(self.world, self.size.documents, self.seed)
         write_tokenizer(self.world / "train", self.out / "tokenizer.json")

@@ -73,7 +73,7 @@ def _config(args: argparse.Namespace, checkpoint: Path, own: Config) -> Config:
 
 def _demo_world(config: Config) -> Path | None:
     """The demo world whose split, as a folder or as tars in it, is the first validation source; None for other data."""
-    from fusiontrain.data.world import world_info
+    from fusiontrain.data.world.make import world_info
 
     folders = Path(config.data.validation_sources[0].path).parents[:2]
     return next((folder for folder in folders if world_info(folder) is not None), None)

@@ -34,8 +34,8 @@ def prepare(config: Config, ranks: Ranks) -> None:
 
 def _make(folder: Path, demo: DemoConfig) -> None:
     from fusiontrain.config.schema import Config
-    from fusiontrain.data.world import make_world
-    from fusiontrain.data.world_tokenizer import VOCAB_SIZE, write_tokenizer
+    from fusiontrain.data.world.make import make_world
+    from fusiontrain.data.world.tokenizer import VOCAB_SIZE, write_tokenizer
     from fusiontrain.models.build import build_model
     from fusiontrain.models.llama_weights import export_llama
 

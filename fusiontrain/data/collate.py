@@ -8,7 +8,7 @@ import torch
 
 from fusiontrain.config.schema import Config, DataConfig
 from fusiontrain.data.batch_arrays import BatchArrays, batch_arrays
-from fusiontrain.data.packing import best_fit_decreasing
+from fusiontrain.data.plan.packing import best_fit_decreasing
 from fusiontrain.types import Batch, Document, PackedSequence, Payload
 from fusiontrain.utils.keyed import hash_key
 

@@ -16,7 +16,7 @@ import numpy as np
 from fusiontrain.config.schema import DataConfig, SourceConfig
 from fusiontrain.data.errors import CHANGED, BadSample
 from fusiontrain.data.formats.pieces import Fields, Piece, Sample
-from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.modalities.image import decode_codes, image_segment
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.modality import IMAGE, TEXT

@@ -20,9 +20,9 @@ from fusiontrain.data.execute.build import Builder, Built
 from fusiontrain.data.execute.job import Job, make_job
 from fusiontrain.data.execute.processes import Workers
 from fusiontrain.data.execute.ring import Ring
-from fusiontrain.data.index_cache import index_sources
-from fusiontrain.data.plan import Anchor, Plan, check_world_size
-from fusiontrain.data.plan_fields import fingerprint, plan_fields
+from fusiontrain.data.index.cache import index_sources
+from fusiontrain.data.plan.fields import fingerprint, plan_fields
+from fusiontrain.data.plan.plan import Anchor, Plan, check_world_size
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Batch
 from fusiontrain.utils.errors import UserError

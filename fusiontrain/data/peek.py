@@ -15,8 +15,8 @@ from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import REPRESENTATIONS
 from fusiontrain.data.formats.read import read_sample, source_kind
-from fusiontrain.data.index import member_reader
-from fusiontrain.data.plan import Plan, PlannedDocument, PlannedSequence
+from fusiontrain.data.index.shard_index import member_reader
+from fusiontrain.data.plan.plan import Plan, PlannedDocument, PlannedSequence
 from fusiontrain.data.shards import OpenShards
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Document, Segment

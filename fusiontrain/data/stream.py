@@ -25,14 +25,14 @@ from fusiontrain.data.errors import READ, BadSample, BadSampleLog
 from fusiontrain.data.execute.ahead import steps_ahead
 from fusiontrain.data.formats.pieces import REPRESENTATIONS, Piece, Sample, split_page
 from fusiontrain.data.formats.read import read_sample, source_kind
-from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
-from fusiontrain.data.lengths import patches
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.loader import LoaderState
 from fusiontrain.data.modalities.image import image_size
-from fusiontrain.data.packing import best_fit_decreasing
-from fusiontrain.data.permutation import feistel
-from fusiontrain.data.plan import check_world_size
-from fusiontrain.data.plan_fields import fingerprint
+from fusiontrain.data.plan.fields import fingerprint
+from fusiontrain.data.plan.lengths import patches
+from fusiontrain.data.plan.packing import best_fit_decreasing
+from fusiontrain.data.plan.permutation import feistel
+from fusiontrain.data.plan.plan import check_world_size
 from fusiontrain.data.shards import expand_paths
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Batch, Document, PackedSequence, SourceRef

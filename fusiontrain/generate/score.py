@@ -12,9 +12,9 @@ from PIL import Image
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.tokenizer import Tokenizer
-from fusiontrain.data.world import WorldDocument, read_split
-from fusiontrain.data.world_judge import Score, mean_shares, score_caption, score_picture
-from fusiontrain.data.world_scene import IMAGE_SIZE, Scene, has_held_out_pair
+from fusiontrain.data.world.judge import Score, mean_shares, score_caption, score_picture
+from fusiontrain.data.world.make import WorldDocument, read_split
+from fusiontrain.data.world.scene import IMAGE_SIZE, Scene, has_held_out_pair
 from fusiontrain.generate.caption import caption
 from fusiontrain.generate.paint import paint
 from fusiontrain.generate.stream import Writing

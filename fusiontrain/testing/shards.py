@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from fusiontrain.data.index import ShardIndex
-from fusiontrain.data.index_cache import Reading, measure_shards
+from fusiontrain.data.index.cache import Reading, measure_shards
+from fusiontrain.data.index.shard_index import ShardIndex
+from fusiontrain.data.index.tokens import TokenCache
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.tar import Member, members_in
-from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.data.tokenizer import Tokenizer
 
 AUTO = Reading("auto", False)

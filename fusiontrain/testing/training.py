@@ -10,7 +10,7 @@ import torch
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.collate import collate
-from fusiontrain.data.world import make_world
+from fusiontrain.data.world.make import make_world
 from fusiontrain.models.build import build_model
 from fusiontrain.models.llama_weights import export_llama
 from fusiontrain.testing.batches import random_documents

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import file_problems
-from fusiontrain.data.index_cache import prepare_sources
+from fusiontrain.data.index.cache import prepare_sources
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import load_tokenizer

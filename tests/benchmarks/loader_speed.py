@@ -31,11 +31,11 @@ from corpus import MARKERS, make_corpus
 from PIL import Image
 
 from fusiontrain.config.schema import Config
-from fusiontrain.data.index import member_reader
-from fusiontrain.data.index_build import build_index
-from fusiontrain.data.index_cache import index_sources
+from fusiontrain.data.index.build import build_index
+from fusiontrain.data.index.cache import index_sources
+from fusiontrain.data.index.shard_index import member_reader
 from fusiontrain.data.jsonl import shard_samples
-from fusiontrain.data.plan import Plan
+from fusiontrain.data.plan.plan import Plan
 from fusiontrain.data.shards import OpenShards
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config

@@ -13,9 +13,9 @@ from pathlib import Path
 from corpus import make_corpus
 from loader_speed import config_of
 
-from fusiontrain.data.index_cache import index_sources
-from fusiontrain.data.plan import Plan
-from fusiontrain.data.plan_report import report
+from fusiontrain.data.index.cache import index_sources
+from fusiontrain.data.plan.plan import Plan
+from fusiontrain.data.plan.report import report
 from fusiontrain.data.tokenizer import load_tokenizer
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fusiontrain.data.array_file import write_arrays
-from fusiontrain.data.index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex
-from fusiontrain.data.index_cache import Reading, index_sources, stat_of
-from fusiontrain.data.index_manifest import IndexRow, TokensRow, add_to_manifest
-from fusiontrain.data.plan import Anchor, Plan
-from fusiontrain.data.token_cache import counts_digest
+from fusiontrain.data.index.array_file import write_arrays
+from fusiontrain.data.index.cache import Reading, index_sources, stat_of
+from fusiontrain.data.index.manifest import IndexRow, TokensRow, add_to_manifest
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex
+from fusiontrain.data.index.tokens import counts_digest
+from fusiontrain.data.plan.plan import Anchor, Plan
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 

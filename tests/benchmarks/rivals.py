@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fusiontrain.data.modalities.image import patchify
-from fusiontrain.data.packing import best_fit_decreasing
+from fusiontrain.data.plan.packing import best_fit_decreasing
 
 LENGTH, BUFFER, SHUFFLE = 8192, 256, 100
 SIZE, SIDE, PATCHES = 256, 16, 256

@@ -14,7 +14,7 @@ import megatron.energon as energon
 from rivals import BUFFER, LENGTH, SHUFFLE, Encoder, finished
 
 from fusiontrain.data.jsonl import shard_samples
-from fusiontrain.data.packing import best_fit_decreasing
+from fusiontrain.data.plan.packing import best_fit_decreasing
 
 
 @dataclass

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fusiontrain.data.balance import balance
+from fusiontrain.data.plan.balance import balance
 
 
 def loads(costs, shares, kind=0):

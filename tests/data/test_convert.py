@@ -16,7 +16,7 @@ from fusiontrain.data.convert.convert import FOLDER, convert
 from fusiontrain.data.convert.layouts import Picture, layout_of
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index.build import build_index
 from fusiontrain.testing.shards import png, write_shard
 from fusiontrain.utils.errors import UserError
 

@@ -15,7 +15,7 @@ from fusiontrain.data.documents import Draws, Place, arrange, build_document, dr
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import REPRESENTATIONS
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import interleaved, png

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusiontrain.data.exclude import exclude
 from fusiontrain.data.execute.ring import Ring
+from fusiontrain.data.index.exclude import exclude
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config

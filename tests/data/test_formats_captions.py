@@ -10,10 +10,10 @@ import pytest
 from fusiontrain.config.validate import cross_section_problems
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index_cache import index_sources
-from fusiontrain.data.lengths import num_tokens
+from fusiontrain.data.index.cache import index_sources
 from fusiontrain.data.loader import Loader
-from fusiontrain.data.plan import Plan
+from fusiontrain.data.plan.lengths import num_tokens
+from fusiontrain.data.plan.plan import Plan
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import png, write_shard

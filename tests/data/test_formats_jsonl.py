@@ -9,13 +9,13 @@ import pytest
 from fusiontrain.cli.main import main
 from fusiontrain.config.validate import file_problems
 from fusiontrain.data import jsonl
-from fusiontrain.data.index_build import build_index
-from fusiontrain.data.index_cache import index_sources
+from fusiontrain.data.index.build import build_index
+from fusiontrain.data.index.cache import index_sources
+from fusiontrain.data.index.verify import verify_shard
 from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.tokenizer import load_tokenizer
-from fusiontrain.data.verify import verify_shard
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import mixed_samples, write_shard
 from fusiontrain.utils.errors import UserError

@@ -12,12 +12,12 @@ from PIL import Image
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import is_image, page_name, split_page
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index import IMAGE_PIECE
-from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index.build import build_index
+from fusiontrain.data.index.shard_index import IMAGE_PIECE
+from fusiontrain.data.index.verify import verify_shard
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.peek import peek
 from fusiontrain.data.tokenizer import load_tokenizer
-from fusiontrain.data.verify import verify_shard
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import mixed_samples, write_shard
 

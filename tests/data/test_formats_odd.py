@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index.build import build_index
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config

@@ -1,7 +1,7 @@
 """The order of existing runs never changes: vectors kept here, and a second, slow implementation of the same rules that gives the same.
 
 The slow one is written from the rules in data/README.md with plain integers, lists and fractions, one document at a time; it shares no code with the
-package. Where both agree and differ from the vectors, the order of existing runs was changed: then `VERSION` in `plan_fields.py` must go up.
+package. Where both agree and differ from the vectors, the order of existing runs was changed: then `VERSION` in `plan/fields.py` must go up.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fusiontrain.data.index_cache import index_sources
-from fusiontrain.data.mixture import MixedSource, Mixture
-from fusiontrain.data.permutation import epoch_order, feistel
-from fusiontrain.data.plan import Plan
+from fusiontrain.data.index.cache import index_sources
+from fusiontrain.data.plan.mixture import MixedSource, Mixture
+from fusiontrain.data.plan.permutation import epoch_order, feistel
+from fusiontrain.data.plan.plan import Plan
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import mixed_samples, write_shard

@@ -13,7 +13,7 @@ import torch
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index.build import build_index
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.modalities.image import decode_codes, image_size
 from fusiontrain.data.peek import peek

@@ -187,7 +187,7 @@ def test_without_simplejpeg_auto_is_pillow_and_asking_for_it_is_an_error(monkeyp
 
 
 def test_a_resume_with_another_decoder_is_refused_by_name(monkeypatch):
-    from fusiontrain.data.plan_fields import plan_fields
+    from fusiontrain.data.plan.fields import plan_fields
     from fusiontrain.data.tokenizer import load_tokenizer
     from fusiontrain.train.build import require_same_data
 

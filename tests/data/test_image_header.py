@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.image_header import has_exif, header_size, plain_size
 from fusiontrain.data.modalities.image import image_size
+from fusiontrain.data.modalities.image_header import has_exif, header_size, plain_size
 
 SIZES = [(1, 1), (7, 300), (640, 33), (2000, 3)]
 KINDS = {

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index.build import build_index
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.modalities.decoders import decode_pixels
 from fusiontrain.data.modalities.image import image_size

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fusiontrain.config.schema import ImageDataConfig
-from fusiontrain.data import index_cache
+from fusiontrain.data.index import cache
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.modalities.image import decode_image
 from fusiontrain.data.modalities.policy import grid_of
@@ -134,8 +134,8 @@ def test_one_index_serves_every_policy(shard, monkeypatch):
     def forbidden(*args):
         raise AssertionError("indexed anew")
 
-    monkeypatch.setattr(index_cache, "build_index", forbidden)
-    monkeypatch.setattr(index_cache, "build_tokens", forbidden)
+    monkeypatch.setattr(cache, "build_index", forbidden)
+    monkeypatch.setattr(cache, "build_tokens", forbidden)
     seen = set()
     for image in POLICIES:
         loader = make_loader(shard, image)

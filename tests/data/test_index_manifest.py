@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from fusiontrain.cli.main import main
-from fusiontrain.data.exclude import NAME
-from fusiontrain.data.index_cache import Reading, index_sources, measure_shards
-from fusiontrain.data.index_files import MOST_OPEN
-from fusiontrain.data.index_folder import FOLDER
+from fusiontrain.data.index.cache import Reading, index_sources, measure_shards
+from fusiontrain.data.index.exclude import NAME
+from fusiontrain.data.index.files import MOST_OPEN
+from fusiontrain.data.index.folder import FOLDER
 from fusiontrain.data.loader import Loader
-from fusiontrain.data.plan_fields import plan_fields
+from fusiontrain.data.plan.fields import plan_fields
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config

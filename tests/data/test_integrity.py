@@ -13,8 +13,8 @@ import pytest
 
 from fusiontrain.cli.main import main
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.index import member_reader
-from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index.build import build_index
+from fusiontrain.data.index.shard_index import member_reader
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.tar import BLOCK
 from fusiontrain.testing.shards import index_of, mixed_samples, read_members, write_shard

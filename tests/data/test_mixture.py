@@ -8,8 +8,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fusiontrain.data.mixture import MixedSource, Mixture
-from fusiontrain.data.permutation import CHUNK_DOCUMENTS, GROUP_CHUNKS, epoch_order, feistel
+from fusiontrain.data.plan.mixture import MixedSource, Mixture
+from fusiontrain.data.plan.permutation import CHUNK_DOCUMENTS, GROUP_CHUNKS, epoch_order, feistel
 from fusiontrain.utils.errors import UserError
 
 CONSTANT = ((0, Fraction(1)),)

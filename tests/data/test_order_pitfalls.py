@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from fusiontrain.data.index.tokens import TokenCache
 from fusiontrain.data.loader import Loader, LoaderState
-from fusiontrain.data.plan import Anchor
+from fusiontrain.data.plan.plan import Anchor
 from fusiontrain.data.storage.open import open_shard
-from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import interleaved, mixed_samples, png, read_members, write_shard, write_shards
@@ -81,9 +81,9 @@ def test_generators_of_other_people_are_left_alone(shards):
 
 PRINT_ORDER = """
 import sys
-from fusiontrain.data.index_cache import index_sources
-from fusiontrain.data.plan import Plan
-from fusiontrain.data.plan_fields import fingerprint, plan_fields
+from fusiontrain.data.index.cache import index_sources
+from fusiontrain.data.plan.plan import Plan
+from fusiontrain.data.plan.fields import fingerprint, plan_fields
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 config = tiny_config({"train.global_batch_sequences": 4, "data.pack_window_documents": 16, "data.sources": [{"path": sys.argv[1]}]})

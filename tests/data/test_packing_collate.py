@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusiontrain.data.packing import best_fit_decreasing
+from fusiontrain.data.plan.packing import best_fit_decreasing
 from fusiontrain.testing.batches import random_documents
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of, document

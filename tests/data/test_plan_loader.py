@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fusiontrain.data.loader import Loader, LoaderState
-from fusiontrain.data.mixture import MixedSource, Mixture
+from fusiontrain.data.plan.mixture import MixedSource, Mixture
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards

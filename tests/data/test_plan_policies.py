@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from fusiontrain.data.documents import Draws, arrange
-from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.loader import Loader, LoaderState
-from fusiontrain.data.mixture import MixedSource, Mixture
 from fusiontrain.data.peek import peek
-from fusiontrain.data.plan import Anchor
-from fusiontrain.data.plan_report import report
+from fusiontrain.data.plan.mixture import MixedSource, Mixture
+from fusiontrain.data.plan.plan import Anchor
+from fusiontrain.data.plan.report import report
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards

@@ -14,13 +14,13 @@ import pytest
 
 from fusiontrain.cli.main import main
 from fusiontrain.config.schema import StorageConfig
-from fusiontrain.data.index import member_reader
-from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index.build import build_index
+from fusiontrain.data.index.shard_index import member_reader
+from fusiontrain.data.index.verify import verify_shard
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.shards import OpenShards, expand_shards
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.tokenizer import load_tokenizer
-from fusiontrain.data.verify import verify_shard
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.range_server import range_server
 from fusiontrain.testing.shards import mixed_samples, png, write_shard, write_shards

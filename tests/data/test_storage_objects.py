@@ -15,7 +15,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from fusiontrain.config.schema import StorageConfig
-from fusiontrain.data.index_build import build_index
+from fusiontrain.data.index.build import build_index
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.storage.open import open_shard

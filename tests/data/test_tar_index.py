@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusiontrain.data.index import IMAGE_PIECE, TEXT_PIECE
-from fusiontrain.data.index_build import build_index
-from fusiontrain.data.index_cache import index_sources
+from fusiontrain.data.index.build import build_index
+from fusiontrain.data.index.cache import index_sources
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.shards import OpenShards, expand_shards
 from fusiontrain.data.tar import BLOCK, members_in

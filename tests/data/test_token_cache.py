@@ -10,9 +10,9 @@ import tokenizers
 
 from fusiontrain.config.schema import TokenizerConfig
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index import TEXT_PIECE, member_reader
+from fusiontrain.data.index.shard_index import TEXT_PIECE, member_reader
+from fusiontrain.data.index.tokens import ids_dtype
 from fusiontrain.data.storage.open import open_shard
-from fusiontrain.data.token_cache import ids_dtype
 from fusiontrain.data.tokenizer import byte_tokenizer, tokenizer_at
 from fusiontrain.testing.shards import index_of, interleaved, mixed_samples, png, tokens_of, write_shard
 

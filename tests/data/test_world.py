@@ -10,7 +10,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from fusiontrain.data.world import (
+from fusiontrain.data.world.judge import mean_shares, read_scene, score_caption, score_picture
+from fusiontrain.data.world.make import (
     NUM_PHRASINGS,
     caption,
     make_world,
@@ -19,8 +20,7 @@ from fusiontrain.data.world import (
     read_split,
     world_info,
 )
-from fusiontrain.data.world_judge import mean_shares, read_scene, score_caption, score_picture
-from fusiontrain.data.world_scene import HELD_OUT_PAIRS, SceneObject, has_held_out_pair, random_scene, render
+from fusiontrain.data.world.scene import HELD_OUT_PAIRS, SceneObject, has_held_out_pair, random_scene, render
 from fusiontrain.utils.errors import UserError
 
 RED = SceneObject("small", "red", "circle", "top left")

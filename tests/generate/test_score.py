@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fusiontrain.data.world import make_world, read_split
+from fusiontrain.data.world.make import make_world, read_split
 from fusiontrain.generate import score
 from fusiontrain.generate.score import judge_model
 from fusiontrain.models.build import build_model

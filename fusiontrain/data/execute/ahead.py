@@ -14,7 +14,7 @@ from fusiontrain.data.execute.build import Built
 from fusiontrain.data.execute.job import copied
 from fusiontrain.data.execute.pin import fence, pin, unpin
 from fusiontrain.data.execute.ring import Ring
-from fusiontrain.data.plan import PlannedSequence
+from fusiontrain.data.plan.plan import PlannedSequence
 
 logger = logging.getLogger(__name__)
 

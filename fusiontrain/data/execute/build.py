@@ -16,8 +16,8 @@ from fusiontrain.data.batch_arrays import BatchArrays, batch_arrays
 from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import Piece, Sample
-from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, member_reader
-from fusiontrain.data.plan import PlannedDocument, PlannedSequence
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource, member_reader
+from fusiontrain.data.plan.plan import PlannedDocument, PlannedSequence
 from fusiontrain.data.shards import OpenShards
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Document, PackedSequence, SourceRef

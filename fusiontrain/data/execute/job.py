@@ -13,8 +13,8 @@ import numpy as np
 from fusiontrain.config.schema import DataConfig, SourceConfig
 from fusiontrain.data.arena import Arena
 from fusiontrain.data.execute.build import Built
-from fusiontrain.data.index import IndexedSource
-from fusiontrain.data.plan import PlannedSequence
+from fusiontrain.data.index.shard_index import IndexedSource
+from fusiontrain.data.plan.plan import PlannedSequence
 from fusiontrain.data.tokenizer import Tokenizer
 
 

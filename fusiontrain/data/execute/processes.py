@@ -25,7 +25,7 @@ import numpy as np
 from fusiontrain.data.execute.build import Built
 from fusiontrain.data.execute.job import DropRing, Failure, Job, MapRing, Task, unpacked
 from fusiontrain.data.execute.ring import Ring
-from fusiontrain.data.plan import PlannedSequence
+from fusiontrain.data.plan.plan import PlannedSequence
 from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)

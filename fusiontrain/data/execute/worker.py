@@ -20,7 +20,7 @@ import numpy as np
 from fusiontrain.data.arena import Arena
 from fusiontrain.data.execute.build import Builder
 from fusiontrain.data.execute.job import DropRing, Failure, Job, MapRing, Task, index_digest, packed
-from fusiontrain.data.index_cache import index_sources
+from fusiontrain.data.index.cache import index_sources
 from fusiontrain.utils.errors import UserError
 
 LOOK_FOR_PARENT_SECONDS = 5.0

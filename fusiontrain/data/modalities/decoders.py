@@ -15,7 +15,7 @@ from PIL import __version__ as pillow_version
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
 from fusiontrain.data.formats.pieces import split_page
-from fusiontrain.data.image_header import has_exif
+from fusiontrain.data.modalities.image_header import has_exif
 from fusiontrain.data.modalities.policy import grid_of, resized
 from fusiontrain.utils.errors import UserError
 

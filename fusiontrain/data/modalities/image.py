@@ -10,8 +10,8 @@ from PIL import Image, UnidentifiedImageError
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
 from fusiontrain.data.formats.pieces import CODES_SUFFIX, LATENT_SUFFIX, latents_of, split_page
-from fusiontrain.data.image_header import plain_size
 from fusiontrain.data.modalities.decoders import MAX_PIXELS, decode_pixels, orientation, refuse_bomb
+from fusiontrain.data.modalities.image_header import plain_size
 from fusiontrain.data.modalities.policy import whole_patches
 from fusiontrain.modality import IMAGE
 from fusiontrain.types import Segment

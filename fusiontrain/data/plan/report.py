@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from fusiontrain.config.schema import Config
-from fusiontrain.data.plan import Plan, PlannedSequence, check_world_size
+from fusiontrain.data.plan.plan import Plan, PlannedSequence, check_world_size
 from fusiontrain.modality import IMAGE, TEXT
 
 

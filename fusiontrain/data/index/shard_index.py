@@ -1,7 +1,7 @@
 """The index of a shard: where every member lies, and how long every piece is, so that planning never opens a shard.
 
-It is mapped from its file (`index_files.py`), whose pages all processes share. It knows neither tokenizer nor size of the images a model sees;
-the token ids of its texts are a file of their own (`token_cache.py`).
+It is mapped from its file (`files.py`), whose pages all processes share. It knows neither tokenizer nor size of the images a model sees;
+the token ids of its texts are a file of their own (`tokens.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import CHECKSUM, READ, BadSample
 from fusiontrain.data.formats.pieces import Fields
-from fusiontrain.data.index_files import ShardFiles
-from fusiontrain.data.index_manifest import IndexRow, TokensRow
+from fusiontrain.data.index.files import ShardFiles
+from fusiontrain.data.index.manifest import IndexRow, TokensRow
+from fusiontrain.data.index.tokens import TokenCache
 from fusiontrain.data.storage.files import ShardFile, Stretch
 from fusiontrain.data.storage.shard import Shard, shown_source
 from fusiontrain.data.tar import Member
-from fusiontrain.data.token_cache import TokenCache
 from fusiontrain.types import SourceRef
 
 TEXT_PIECE, IMAGE_PIECE = 0, 1

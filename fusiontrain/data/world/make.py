@@ -1,4 +1,4 @@
-"""The demo world: captions, documents and tar shards of painted scenes, for which `world_judge` knows the truth.
+"""The demo world: captions, documents and tar shards of painted scenes, for which `judge.py` knows the truth.
 
 Documents are of four kinds: caption then picture, picture then caption, stories in which the scene changes as told, and text
 alone. Shards follow energon's interleaved layout with one extra field, `scenes`: the objects of each picture.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fusiontrain.data.world_scene import (
+from fusiontrain.data.world.scene import (
     COLORS,
     CORNERS,
     HELD_OUT_PAIRS,

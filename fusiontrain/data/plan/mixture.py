@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fusiontrain.data.permutation import epoch_order
+from fusiontrain.data.plan.permutation import epoch_order
 from fusiontrain.utils.errors import UserError
 
 

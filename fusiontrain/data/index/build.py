@@ -13,14 +13,14 @@ from numpy.typing import DTypeLike
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import Latents, split_page
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex, member_reader
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex, member_reader
+from fusiontrain.data.index.tokens import ids_dtype
 from fusiontrain.data.jsonl import samples_of
 from fusiontrain.data.modalities.image import image_size
 from fusiontrain.data.storage.files import ReadAhead, ShardFile
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.storage.shard import Shard
 from fusiontrain.data.tar import TarSample
-from fusiontrain.data.token_cache import ids_dtype
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.utils.errors import UserError
 

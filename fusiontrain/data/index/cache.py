@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusiontrain.config.schema import Config, DataConfig, SourceConfig, TokenizerConfig
-from fusiontrain.data.array_file import ArrayFile, read_about, write_arrays
-from fusiontrain.data.exclude import excluded_keys, kept_rows
 from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents
 from fusiontrain.data.formats.read import source_kind
-from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
-from fusiontrain.data.index_build import build_index, build_tokens
-from fusiontrain.data.index_files import Folders, Known, ShardFiles, by_folder, look_up
-from fusiontrain.data.index_folder import index_folders
-from fusiontrain.data.index_manifest import IndexRow, Measure, Stat, Table, TokensRow, add_to_manifest
+from fusiontrain.data.index.array_file import ArrayFile, read_about, write_arrays
+from fusiontrain.data.index.build import build_index, build_tokens
+from fusiontrain.data.index.exclude import excluded_keys, kept_rows
+from fusiontrain.data.index.files import Folders, Known, ShardFiles, by_folder, look_up
+from fusiontrain.data.index.folder import index_folders
+from fusiontrain.data.index.manifest import IndexRow, Measure, Stat, Table, TokensRow, add_to_manifest
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource, ShardIndex
+from fusiontrain.data.index.tokens import TokenCache, counts_digest
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.storage.shard import Shard, state
-from fusiontrain.data.token_cache import TokenCache, counts_digest
 from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_at
 from fusiontrain.utils.errors import UserError
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fusiontrain.data.array_file import write_whole
-from fusiontrain.data.index import ShardIndex
-from fusiontrain.data.index_folder import index_folders
+from fusiontrain.data.index.array_file import write_whole
+from fusiontrain.data.index.folder import index_folders
+from fusiontrain.data.index.shard_index import ShardIndex
 from fusiontrain.data.storage.shard import Shard, common_name, is_local
 from fusiontrain.utils.errors import UserError
 

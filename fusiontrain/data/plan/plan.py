@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusiontrain.config.schema import Config
-from fusiontrain.data.balance import balance
 from fusiontrain.data.documents import Draws, Place, arrange, draw
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.index import IMAGE_PIECE, IndexedSource
-from fusiontrain.data.lengths import mixed_source, one_pass, patches
-from fusiontrain.data.mixture import Mixture
-from fusiontrain.data.packing import best_fit_decreasing
-from fusiontrain.data.permutation import feistel
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource
+from fusiontrain.data.plan.balance import balance
+from fusiontrain.data.plan.lengths import mixed_source, one_pass, patches
+from fusiontrain.data.plan.mixture import Mixture
+from fusiontrain.data.plan.packing import best_fit_decreasing
+from fusiontrain.data.plan.permutation import feistel
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.modality import IMAGE, TEXT
 from fusiontrain.utils.errors import UserError

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusiontrain.data.world import parse_caption
-from fusiontrain.data.world_scene import (
+from fusiontrain.data.world.make import parse_caption
+from fusiontrain.data.world.scene import (
     ATTRIBUTES,
     BACKGROUND,
     COLORS,

@@ -9,9 +9,9 @@ import numpy as np
 from fusiontrain.config.schema import DataConfig
 from fusiontrain.data.documents import MARKERS_PER_IMAGE
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.index import IMAGE_PIECE, IndexedSource, ShardIndex
-from fusiontrain.data.mixture import MixedSource
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.modalities.policy import grid_of
+from fusiontrain.data.plan.mixture import MixedSource
 from fusiontrain.modality import IMAGE
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from fusiontrain.data.array_file import ArrayFile, map_arrays
-from fusiontrain.data.index_folder import index_folders
-from fusiontrain.data.index_manifest import IndexRow, Measure, Table, TokensRow, read_manifest
+from fusiontrain.data.index.array_file import ArrayFile, map_arrays
+from fusiontrain.data.index.folder import index_folders
+from fusiontrain.data.index.manifest import IndexRow, Measure, Table, TokensRow, read_manifest
 from fusiontrain.data.storage.shard import Shard
 from fusiontrain.utils.errors import UserError
 

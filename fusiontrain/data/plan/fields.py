@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from fusiontrain.config.schema import Config
-from fusiontrain.data.index import IndexedSource
+from fusiontrain.data.index.shard_index import IndexedSource
 from fusiontrain.data.modalities.decoders import decode_path
 from fusiontrain.data.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from fusiontrain.data.array_file import write_whole
+from fusiontrain.data.index.array_file import write_whole
 from fusiontrain.data.storage.shard import Shard
 
 VERSION = 8

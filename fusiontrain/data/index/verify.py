@@ -8,7 +8,7 @@ from contextlib import closing
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import is_image, latents_of
-from fusiontrain.data.index import ShardIndex
+from fusiontrain.data.index.shard_index import ShardIndex
 from fusiontrain.data.modalities.image import decode_image
 from fusiontrain.data.storage.files import ReadAhead, ShardFile
 from fusiontrain.data.storage.open import open_shard
