@@ -21,7 +21,7 @@ quickstart: $(STAMP)
 	$(BIN)/fusiontrain demo --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

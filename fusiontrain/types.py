@@ -188,18 +188,3 @@ class LossTerm:
 
     sum: torch.Tensor
     count: torch.Tensor
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimizer step reports, over all ranks. Losses are means over the global count, before weighting."""
-
-    step: int
-    loss: float
-    losses: dict[str, float]
-    grad_norm: float
-    learning_rate: float
-    tokens: dict[str, int]
-    flops: int
-    skipped: int
-    finite: bool = True

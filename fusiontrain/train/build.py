@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
@@ -35,9 +35,6 @@ from fusiontrain.train.signals import StopRequest
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
 from fusiontrain.train.trainer import Reporter, Trainer
 from fusiontrain.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
