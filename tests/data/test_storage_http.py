@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import itertools
 import json
@@ -126,6 +127,19 @@ def test_threads_a_slow_server_and_every_fault_in_turn_change_nothing(server):
     faults = itertools.cycle(["503", "short", None, "reset", "whole", None, "other", "500", None, "429"])
     server.fault, server.latency_seconds = lambda number, path: next(faults), 0.005
     assert tensors_of(loader_of(server.url + NAMES, **{"data.num_workers": 3, "data.storage.retries": 12}), 12) == expected
+
+
+def test_reads_that_are_tried_again_hold_no_memory_of_batches_for_good(server):
+    """Their exceptions lie in cycles that hold the batch that was being built; the loader must not wait for the garbage collector to come by."""
+    expected = tensors_of(loader_of(str(server.folder)), 12)
+    faults = itertools.cycle(["short", None, "reset", None])
+    server.fault = lambda number, path: next(faults)
+    gc.disable()
+    try:
+        smallest = {"data.num_workers": 3, "data.storage.retries": 12, "data.prefetch_bytes": 1}
+        assert tensors_of(loader_of(server.url + NAMES, **smallest), 12) == expected
+    finally:
+        gc.enable()
 
 
 def test_many_threads_read_one_shard(server):

@@ -73,10 +73,12 @@ class Ahead:
     def stop(self) -> None:
         """Begin nothing more, and let `steps` end."""
         self._stopped = True
+        self.ring.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Stop, wait for what is being built, and give the ring back."""
+        self.stop()
         self._threads.shutdown(wait=True, cancel_futures=True)
         if self._pinned:
             unpin(self.ring.memory)

@@ -5,6 +5,7 @@ The memory has no name: it goes when the last process that maps it goes, however
 
 from __future__ import annotations
 
+import gc
 import itertools
 import mmap
 import os
@@ -22,6 +23,8 @@ Fence = Callable[[], Callable[[], None]]
 
 _NUMBERS = itertools.count()
 
+SECONDS_BETWEEN_COLLECTIONS = 0.5
+
 
 class Ring:
     """slots: how many; slot_bytes: of each, rounded up. `descriptor` maps all `nbytes` in another process, slot n from n * slot_bytes on.
@@ -38,6 +41,7 @@ class Ring:
         self.descriptor = _anonymous_file(self.nbytes)
         self._memory = mmap.mmap(self.descriptor, self.nbytes)
         self._fence = fence
+        self._stopped = False
         # A SimpleQueue, because slots come free inside the garbage collector, which may interrupt a `get` of the same thread.
         self._free: queue.SimpleQueue[tuple[int, Callable[[], None] | None]] = queue.SimpleQueue()
         for slot in range(slots):
@@ -49,13 +53,28 @@ class Ring:
         return np.frombuffer(self._memory, np.uint8)
 
     def lease(self) -> tuple[int, np.ndarray]:
-        """A slot's number and its memory, [slot_bytes] uint8. Waits until there is one."""
-        slot, wait = self._free.get()
+        """A slot's number and its memory, [slot_bytes] uint8. Waits until there is one. Raises RuntimeError once the ring is stopped.
+
+        A read that failed and was tried again leaves exceptions in cycles, whose frames refer to the slot that was being filled: only the garbage
+        collector frees those, and it does not run by itself while everybody waits.
+        """
+        while True:
+            if self._stopped:
+                raise RuntimeError("the ring is stopped")
+            try:
+                slot, wait = self._free.get(timeout=SECONDS_BETWEEN_COLLECTIONS)
+                break
+            except queue.Empty:
+                gc.collect()
         if wait is not None:
             wait()
         array = np.frombuffer(self._memory, np.uint8, self.slot_bytes, slot * self.slot_bytes)
         weakref.finalize(array, self._release, slot).atexit = False
         return slot, array
+
+    def stop(self) -> None:
+        """Let nobody wait for a slot any longer."""
+        self._stopped = True
 
     def close(self) -> None:
         """Lease no more. What is leased stays as it is; the memory goes with the last of it."""

@@ -32,7 +32,8 @@ def retried(call: Callable[[], T], where: str, settings: StorageConfig) -> T:
     """
 
     def warn(state: tenacity.RetryCallState) -> None:
-        logger.warning("%s: %s; trying again (%d of %d)", where, state.outcome and state.outcome.exception(), state.attempt_number, settings.retries)
+        said = str(state.outcome and state.outcome.exception())  # no exception into a log record: its frames hold the batch that is being built
+        logger.warning("%s: %s; trying again (%d of %d)", where, said, state.attempt_number, settings.retries)
 
     tries = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(settings.retries + 1),
