@@ -15,7 +15,7 @@ def report(plan: Plan, config: Config, steps: int, world_size: int) -> dict[str,
 
     fill: tokens that are no padding. balance: the dearest rank's share of a step against the mean, for the worst step and for all on average.
     """
-    check_world_size(plan.sequences_per_step, world_size)
+    check_world_size(config, world_size)
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     ratios: dict[str, list[float]] = {"cost": [], IMAGE.name: []}
