@@ -24,6 +24,8 @@ MOST_RANGE_BYTES = 1 << 25
 """A request for more would run into the timeout where the network is slow."""
 
 CACHED_RANGES = 4096
+REMEMBERED = 64
+"""Chunks that went, beside as many as are held: one that is wanted again while it is remembered went too early."""
 
 
 class Chunks:
@@ -49,7 +51,7 @@ class ByteCache:
         self.limit = limit
         self._held, self._has_warned = 0, False
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self._gone: OrderedDict[Hashable, None] = OrderedDict()  # as many of those that went as are held
+        self._gone: OrderedDict[Hashable, None] = OrderedDict()  # those that went last
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, fetch: Callable[[], bytes]) -> bytes:
@@ -83,7 +85,7 @@ class ByteCache:
                     del self._entries[old_key]
                     self._held -= len(old.data)
                     self._gone[old_key] = None
-            while len(self._gone) > len(self._entries):
+            while len(self._gone) > REMEMBERED + len(self._entries):
                 self._gone.popitem(last=False)
 
 
