@@ -12,10 +12,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from fusiontrain.cli.main import main
+from fusiontrain.config.load import to_yaml
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.plan.lanes import even_order, lane_documents
 from fusiontrain.data.plan.mixture import MixedSource, Mixture
 from fusiontrain.data.plan.permutation import feistel
+from fusiontrain.data.plan.report import report
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import interleaved, mixed_samples, write_shard, write_shards
@@ -201,12 +204,13 @@ def test_every_document_comes_once_per_epoch_until_all_are_used_up(many, shards,
     assert seen == collections.Counter({(s, e, i): 1 for s, epochs, size in ((0, 2, 300), (1, 3, 24)) for e in range(epochs) for i in range(size)})
 
 
-def test_the_ending_is_shared_evenly_and_resumed_into(many):
-    settings = {"data.sources": [{"path": many, "max_epochs": 1}], "data.lanes": 4, "data.pack_window_documents": 64}
+@pytest.mark.parametrize(("lanes", "batch"), [(4, 4), (8, 4), (4, 12), (8, 12)])
+def test_any_step_up_to_the_ending_and_in_it_is_resumed_into(many, lanes, batch):
+    settings = {"data.sources": [{"path": many, "max_epochs": 1}], "data.lanes": lanes, "data.pack_window_documents": 24, "train.global_batch_sequences": batch}
     plan = make_loader(many, **settings).plan
-    steps = next(step for step in itertools.count() if plan._sequence(4 * step + 3) is None)
-    first_of_ending = next(step for step in range(steps) if not plan._lanes.is_full(step))
-    assert first_of_ending < steps - 1, "lanes end at different times"
+    steps = next(step for step in itertools.count() if plan._sequence(batch * step + batch - 1) is None)
+    full = [plan._lanes.is_full((batch * step + batch - 1) // lanes) for step in range(steps)]
+    assert full == sorted(full, reverse=True) and full[0] and not full[-1], "lanes end at different times"
     expected = [planned(plan.step(step)) for step in range(steps)]
     for step in range(steps):
         again = make_loader(many, **settings).plan
@@ -216,7 +220,7 @@ def test_the_ending_is_shared_evenly_and_resumed_into(many):
         assert again.anchors(step) == anchors
         for world_size in (2, 4):
             shares = again.shares(step, world_size)
-            assert {len(share) for share in shares} == {4 // world_size}
+            assert {len(share) for share in shares} == {batch // world_size}
             assert sorted(planned(s for share in shares for s in share)) == expected[step]
 
 
@@ -284,6 +288,49 @@ def test_the_epoch_never_goes_back(shards):
     epochs = [state.epoch for _, state in itertools.islice(make_loader(shards).iterate(0), 60)]
     assert epochs == sorted(epochs)
     assert epochs[0] == 0 and epochs[-1] >= 2
+
+
+def test_the_report_says_how_many_ranks_read_a_chunk_and_what_they_hold(many):
+    """Against a loop over steps, ranks and documents that asks of every chunk whether it has been begun and is not over."""
+
+    def bytes_of(members):
+        return 512 + max(member.offset + member.size for member in members) - min(member.offset for member in members)
+
+    for io_mode, alone in (("lanes", True), ("global", False)):
+        loader = make_loader(many, **{"data.io_mode": io_mode, "train.global_batch_sequences": 8})
+        found = report(make_loader(many, **{"data.io_mode": io_mode, "train.global_batch_sequences": 8}).plan, loader.config, 20, 4)
+        visits = [
+            (step, rank, (d.epoch, d.sample // 32), bytes_of(loader.sources[0].indexes[d.sample // 100].members(d.sample % 100).values()))
+            for step in range(20)
+            for rank, share in enumerate(loader.plan.shares(step, 4))
+            for sequence in share
+            for d in sequence.documents
+        ]
+        readers = {(rank, chunk) for _, rank, chunk, _ in visits}
+        assert found["of 4 ranks read a chunk"] == f"{len(readers) / len({chunk for _, chunk in readers}):.2f}"
+        assert (found["of 4 ranks read a chunk"] == "1.00") == alone
+        spans = [[(step, size) for step, *who, size in visits if tuple(who) == reader] for reader in readers]
+        held = collections.Counter()
+        for (rank, _), span in zip(readers, spans, strict=True):
+            for step in range(span[0][0], span[-1][0] + 1):
+                held[step, rank] += sum(size for _, size in span)
+        assert found.get("bytes of chunks that a rank holds") == (max(held.values()) if alone else None)
+
+
+def test_peek_and_plan_of_the_command_line_know_lanes(many, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    config = make_loader(many, **{"data.pack_window_documents": 64}).config
+    path.write_text(to_yaml(config))
+    assert main(["data", "plan", str(path), "--steps", "5", "--world-size", "2", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["of 2 ranks read a chunk"] == "1.00"
+    assert said["bytes of chunks that a rank holds"] > 0
+    assert main(["data", "peek", str(path), "--step", "3", "--world-size", "2", "--rank", "1", "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sequences"] == 2
+    rows = json.loads((tmp_path / "out" / "sources.json").read_text())
+    wanted = make_loader(many, **{"data.pack_window_documents": 64}).plan.share(2, 1, 2)
+    assert [row["sequence"] for row in rows] == [s.number for s in wanted for _ in s.documents]
+    assert main(["data", "peek", str(path), "--step", "3", "--world-size", "3"]) == 2
 
 
 GOLDEN = "4d48d7ed742b4185"

@@ -13,6 +13,9 @@ from fusiontrain.data.plan.permutation import CHUNK_DOCUMENTS
 if TYPE_CHECKING:
     from fusiontrain.data.plan.plan import PlannedSequence
 
+HEADER_BYTES = 512
+"""Of a document's first member, which is read along with what is before it."""
+
 
 class Reads:
     """Counts the chunks of `sources` that are read by each rank, once in an epoch."""
@@ -46,4 +49,5 @@ class Reads:
         source = self.sources[number]
         shard, row = source.locate(sample)
         index = source.indexes[shard]
-        return int(index.sizes[index.member_start[row] : index.member_start[row + 1]].sum())
+        first, last = int(index.member_start[row]), int(index.member_start[row + 1]) - 1
+        return HEADER_BYTES + int(index.offsets[last] + index.sizes[last] - index.offsets[first])
