@@ -127,7 +127,7 @@ class DataConfig(Section):
         "global", description="lanes: each chunk of neighbours is read whole and by one rank alone, for stores that are slow or priced by the request"
     )
     lanes: int = Field(64, ge=1, description="io_mode lanes: parts of the data that pack alone; the number of ranks must divide it")
-    chunk_cache_bytes: int = Field(2**30, ge=1, description="io_mode lanes over a network: memory per rank for chunks that have been read")
+    chunk_cache_bytes: int = Field(2**30, ge=1, description="io_mode lanes over a network: memory per rank for chunks; 1.5 times what `data plan` prints")
     index_dir: str | None = Field(
         None, description="folder for the indexes of the shards, as of `data index --out`; default: beside them, or in the user's cache folder"
     )
