@@ -161,7 +161,7 @@ def _peek(args: argparse.Namespace) -> dict[str, Any]:
     config, tokenizer, plan = _planned(args)
     if args.step < 1 or not 0 <= args.rank < args.world_size:
         raise UserError(f"--step {args.step} --rank {args.rank}: steps count from 1, ranks from 0 to --world-size {args.world_size} minus 1")
-    check_world_size(config.train.global_batch_sequences, args.world_size)
+    check_world_size(config, args.world_size)
     sequences = plan.share(plan.data_step(args.step - 1), args.rank, args.world_size)
     return {"step": args.step, **peek(sequences, plan, config, tokenizer, Path(args.out or f"peek-step-{args.step}"))}
 

@@ -123,6 +123,11 @@ class DataConfig(Section):
     )
     storage: StorageConfig = StorageConfig()
     pack_window_documents: int = Field(1024, ge=1, description="documents that are packed together, best fit decreasing")
+    io_mode: Literal["global", "lanes"] = Field(
+        "global", description="lanes: each chunk of neighbours is read whole and by one rank alone, for stores that are slow or priced by the request"
+    )
+    lanes: int = Field(64, ge=1, description="io_mode lanes: parts of the data that pack alone; the number of ranks must divide it")
+    chunk_cache_bytes: int = Field(2**30, ge=1, description="io_mode lanes over a network: memory per rank for chunks; 1.5 times what `data plan` prints")
     index_dir: str | None = Field(
         None, description="folder for the indexes of the shards, as of `data index --out`; default: beside them, or in the user's cache folder"
     )

@@ -147,6 +147,8 @@ def _stream(config: Config) -> Iterator[Problem]:
         return
     if config.data.from_step:
         yield Problem("data.from_step", "needs a plan to jump in, and data.mode=stream has none; set it to []")
+    if config.data.io_mode != "global":
+        yield Problem("data.io_mode", "is about the order of a plan, and data.mode=stream has none; set it to global")
     if config.data.mix_by != "documents":
         yield Problem("data.mix_by", "tokens needs the lengths of all documents, which data.mode=stream does not know; set it to documents")
     for index, source in enumerate(config.data.sources):

@@ -22,7 +22,8 @@ from fusiontrain.data.execute.processes import Workers
 from fusiontrain.data.execute.ring import Ring
 from fusiontrain.data.index.cache import index_sources
 from fusiontrain.data.plan.fields import fingerprint, plan_fields
-from fusiontrain.data.plan.plan import Anchor, Plan, check_world_size
+from fusiontrain.data.plan.plan import Plan, check_world_size
+from fusiontrain.data.plan.windows import Anchor
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Batch
 from fusiontrain.utils.errors import UserError
@@ -32,7 +33,8 @@ from fusiontrain.utils.errors import UserError
 class LoaderState:
     """Where the data stand after `step` steps, and which data they are: the same on every rank.
 
-    window, sequence: the plan's anchor, so that a resumed run need not plan from the start. epoch: of the first source, to look at.
+    window, sequence: the plan's anchor, so that a resumed run need not plan from the start. lanes: with `data.io_mode: lanes` one of each lane
+    instead. epoch: of the first source, to look at.
     data_step: the step of the data after the last one that was used; other than `step` only after a jump by `data.from_step`.
     """
 
@@ -42,13 +44,18 @@ class LoaderState:
     window: int = 0
     sequence: int = 0
     data_step: int = 0
+    lanes: tuple[tuple[int, int], ...] = ()
+
+    def anchors(self, num_lanes: int) -> tuple[Anchor, ...]:
+        """Those of a plan with so many lanes; of other data than before there are none yet."""
+        return tuple(Anchor(*lane) for lane in self.lanes) or (Anchor(self.window, self.sequence),) * num_lanes
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoaderState:
-        return cls(**values)
+        return cls(**{**values, "lanes": tuple(tuple(lane) for lane in values.get("lanes", ()))})
 
 
 class Loader:
@@ -60,7 +67,7 @@ class Loader:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, split: str, rank: int, world_size: int, workers: Workers | None = None) -> None:
         self.config, self.tokenizer, self.rank, self.world_size = config, tokenizer, rank, world_size
-        check_world_size(config.train.global_batch_sequences, world_size)
+        check_world_size(config, world_size)
         training = split == "train"
         self.sources = index_sources(config.data.sources if training else config.data.validation_sources, config.data, tokenizer)
         self.plan = Plan(config, self.sources, tokenizer, training)
@@ -92,7 +99,7 @@ class Loader:
                     f"data.from_step: step {start.step} was reached with data step {start.data_step - 1}, but this gives "
                     f"{self.plan.data_step(start.step - 1)}; keep the entries that the run has passed and add later ones"
                 )
-            self.plan.begin_at(Anchor(start.window, start.sequence))
+            self.plan.begin_at(start.anchors(self.plan.num_lanes))
             start = start.step
         build_all = self._build_in_turn if self.config.data.num_workers == 0 else self._build_ahead
         step = start
@@ -177,8 +184,11 @@ class Loader:
     def _state(self, step: int) -> LoaderState:
         # Not the data step of the next step: after a jump that one may not have been planned yet, so ranks would differ.
         data_step = self.plan.data_step(step - 1) + 1
-        anchor = self.plan.anchor(data_step)
-        return LoaderState(step, self.plan.epoch(anchor), self.fields, anchor.window, anchor.sequence, data_step)
+        anchors = self.plan.anchors(data_step)
+        epoch = self.plan.epoch(anchors)
+        if self.config.data.io_mode == "lanes":
+            return LoaderState(step, epoch, self.fields, data_step=data_step, lanes=tuple((anchor.window, anchor.sequence) for anchor in anchors))
+        return LoaderState(step, epoch, self.fields, anchors[0].window, anchors[0].sequence, data_step)
 
     def _judge_index(self, quietly: bool) -> int:
         """The number of samples that indexing found unusable. Raises UserError when they are too many."""

@@ -67,7 +67,7 @@ class StreamLoader:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, rank: int, world_size: int) -> None:
-        check_world_size(config.train.global_batch_sequences, world_size)
+        check_world_size(config, world_size)
         self.config, self.data, self.tokenizer, self.rank, self.world_size = config, config.data, tokenizer, rank, world_size
         self.shards = [_expand(source.path) for source in self.data.sources]
         for source, shards in zip(self.data.sources, self.shards, strict=True):

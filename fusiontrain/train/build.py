@@ -156,7 +156,7 @@ def on_these_data(state: TrainState, fields: dict[str, str]) -> TrainState:
     if not changed:
         return state
     logger.warning("from step %d on the data are others: %s", state.step, ", ".join(changed))
-    return replace(state, data={**state.data, "fields": fields, "window": 0, "sequence": 0})
+    return replace(state, data={**state.data, "fields": fields, "window": 0, "sequence": 0, "lanes": ()})
 
 
 def open_run_folder(config: Config, step: int) -> MetricsWriter:

@@ -25,7 +25,8 @@ from fusiontrain.data.index.cache import Reading, index_sources, stat_of
 from fusiontrain.data.index.manifest import IndexRow, TokensRow, add_to_manifest
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex
 from fusiontrain.data.index.tokens import counts_digest
-from fusiontrain.data.plan.plan import Anchor, Plan
+from fusiontrain.data.plan.plan import Plan
+from fusiontrain.data.plan.windows import Anchor
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 
@@ -112,7 +113,7 @@ def resume(folder: Path, window: int) -> dict[str, float]:
     opened = time.process_time()
     plan = Plan(config, sources, tokenizer, training=True)
     step = -(-window * 230 // GLOBAL_BATCH_SEQUENCES)
-    plan.begin_at(Anchor(window, step * GLOBAL_BATCH_SEQUENCES))
+    plan.begin_at([Anchor(window, step * GLOBAL_BATCH_SEQUENCES)])
     counts = plan.counts(step, 64)
     end = time.process_time()
     assert len(counts) == 64

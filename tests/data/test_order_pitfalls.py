@@ -17,7 +17,6 @@ import torch
 
 from fusiontrain.data.index.tokens import TokenCache
 from fusiontrain.data.loader import Loader, LoaderState
-from fusiontrain.data.plan.plan import Anchor
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
@@ -53,7 +52,7 @@ def test_a_resume_at_the_border_of_an_epoch_and_twice_in_a_row(shards):
         state = states[step]
         for _ in range(2):
             loader = make_loader(shards)
-            loader.plan.begin_at(Anchor(state.window, state.sequence))
+            loader.plan.begin_at(state.anchors(loader.plan.num_lanes))
             state = LoaderState.from_dict(json.loads(json.dumps(loader._state(step).to_dict())))
             assert state == states[step]
         assert order_of(loader, range(step, 14)) == expected[step:]

@@ -136,8 +136,9 @@ def test_a_resumed_plan_does_not_plan_what_lies_behind(shards):
     *_, (_, state) = itertools.islice(make_loader(shards).iterate(0), 30)
     loader = make_loader(shards)
     packed = []
-    pack_anew = loader.plan._pack_anew
-    loader.plan._pack_anew = lambda window: packed.append(window) or pack_anew(window)
+    (windows,) = loader.plan._lanes._lanes
+    pack = windows._pack
+    windows._pack = lambda window, first: packed.append(window) or pack(window, first)
     expected = steps_of(make_loader(shards), 25, 8)
     assert steps_of(loader, state, 3) == expected[5:]
     assert min(packed) == state.window > 10
@@ -170,7 +171,7 @@ def test_state_names_what_changed(shards):
     assert loader.fingerprint != other.fingerprint
     assert make_loader(shards, rank=1, world_size=2).fingerprint == loader.fingerprint
     _, state = next(iter(loader.iterate(6)))
-    assert state.to_dict() == {"step": 7, "epoch": 2, "fields": loader.fields, "window": 4, "sequence": 24, "data_step": 7}
+    assert state.to_dict() == {"step": 7, "epoch": 2, "fields": loader.fields, "window": 4, "sequence": 24, "data_step": 7, "lanes": ()}
     weighted = make_loader(shards, **{"data.sources": [{"path": shards, "weight": 2.0}]})
     assert {name for name in loader.fields if loader.fields[name] != weighted.fields[name]} == {"data.sources.0.weight"}
 
@@ -219,7 +220,7 @@ def test_an_oversize_document_is_cut_before_its_image_or_dropped(tmp_path):
     assert documents[0].num_tokens == 96
     assert documents[0].image_tokens == 0
     assert cut.plan.truncated == 1
-    cut.plan._cache.clear()
+    cut.plan._lanes._lanes[0]._cache.clear()
     cut.plan.step(0)
     assert cut.plan.truncated == 1, "packing a window again counts nothing again"
     dropped = make_loader(str(tmp_path), "validation", **{"data.oversize": "drop"})

@@ -19,7 +19,6 @@ from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.peek import peek
 from fusiontrain.data.plan.mixture import MixedSource, Mixture
-from fusiontrain.data.plan.plan import Anchor
 from fusiontrain.data.plan.report import report
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
@@ -58,7 +57,7 @@ def test_thirty_crashes_on_any_number_of_ranks_change_nothing(shards):
         loaders = [make_loader(shards, rank=rank, world_size=world_size, **settings) for rank in {0, world_size - 1}]
         for loader in loaders:
             if state is not None:
-                loader.plan.begin_at(Anchor(state.window, state.sequence))
+                loader.plan.begin_at(state.anchors(loader.plan.num_lanes))
         for step in range(before, after):
             shares = loaders[0].plan.shares(step, world_size)
             assert [planned(loader.plan.share(step, loader.rank, world_size)) for loader in loaders] == [planned(shares[loader.rank]) for loader in loaders]

@@ -175,9 +175,9 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, shards, caplog):
 
 def test_settings_that_need_a_plan_are_refused(tmp_path, shards, capsys):
     sources = [{"path": "pipe:cat x.tar", "max_epochs": 1}, {"path": "x", "weight_schedule": [[5, 1.0]]}]
-    config = config_of(**{"data.sources": sources, "data.mix_by": "tokens", "data.from_step": [[1, 2]]})
+    config = config_of(**{"data.sources": sources, "data.mix_by": "tokens", "data.io_mode": "lanes", "data.from_step": [[1, 2]]})
     keys = [problem.key for problem in cross_section_problems(config)]
-    assert keys == ["data.from_step", "data.mix_by", "data.sources.0", "data.sources.1"]
+    assert keys == ["data.from_step", "data.io_mode", "data.mix_by", "data.sources.0", "data.sources.1"]
     assert "data.sources.0.path" not in [problem.key for problem in file_problems(config)], "a pipe is not on the disk"
     (tmp_path / "c.yaml").write_text(to_yaml(config_of(shards)))
     assert main(["data", "plan", str(tmp_path / "c.yaml")]) == 2

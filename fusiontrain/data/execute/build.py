@@ -15,6 +15,7 @@ from fusiontrain.data.arena import Allocate
 from fusiontrain.data.batch_arrays import BatchArrays, batch_arrays
 from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample
+from fusiontrain.data.execute.chunks import Chunks
 from fusiontrain.data.formats.pieces import Piece, Sample
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource, member_reader
 from fusiontrain.data.plan.plan import PlannedDocument, PlannedSequence
@@ -46,6 +47,8 @@ class Builder:
     def __init__(self, sources: Sequence[IndexedSource], data: DataConfig, tokenizer: Tokenizer) -> None:
         self.sources, self.data, self.tokenizer = sources, data, tokenizer
         self.shards = OpenShards()
+        caches = data.num_workers if data.executor == "processes" else 1  # each process has its own
+        self.chunks = Chunks(sources, data.chunk_cache_bytes // max(1, caches)) if data.io_mode == "lanes" else None
 
     def build(self, sequences: Sequence[PlannedSequence], allocate: Allocate = np.empty) -> Built:
         """One micro-batch, its arrays in memory from `allocate`. Raises UserError where a shard cannot be opened any more."""
@@ -63,6 +66,8 @@ class Builder:
     def close(self) -> None:
         """Close the shards; nobody may be building."""
         self.shards.close()
+        if self.chunks is not None:
+            self.chunks.clear()
 
     def _document(self, planned: PlannedDocument) -> Document | BadDocument:
         source = self.sources[planned.source]
@@ -71,7 +76,10 @@ class Builder:
         members = source.indexes[shard].members(row)
         try:
             sample = self._sample(source, shard, row, list(members))  # first: it may close the shard's file
-            read = member_reader(members, self.shards.file(source.shards[shard]))
+            file = self.shards.file(source.shards[shard])
+            if self.chunks is not None and file.far:
+                file = self.chunks.file(planned.source, planned.sample, shard, file)
+            read = member_reader(members, file)
             return build_document(sample, read, planned.places, planned.cut, self.data, self.tokenizer, ref)
         except BadSample as error:
             # Without its traceback, whose frames would hold the memory that the batch is built in, until a garbage collection.

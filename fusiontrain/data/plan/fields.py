@@ -30,6 +30,7 @@ def plan_fields(config: Config, sources: Sequence[IndexedSource], tokenizer: Tok
         "data.mix_by": data.mix_by,
         "data.document_mask": str(data.document_mask),
         "data.pack_window_documents": str(data.pack_window_documents),
+        **({"data.io_mode": "lanes", "data.lanes": str(data.lanes)} if data.io_mode == "lanes" else {}),
         "data.tokenizer": tokenizer.fingerprint,
         **{f"data.sources.{source.number}.{name}": value for source in sources for name, value in _source_fields(source).items()},
     }

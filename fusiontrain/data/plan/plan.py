@@ -1,17 +1,15 @@
 """Which documents form which packed sequence of which step: a pure function of (seed, index, config), the same for any number of ranks.
 
-The endless stream of documents (`mixture.py`) is cut into windows; each window is packed alone, its sequences are shuffled, and the windows'
-sequences in a row are cut into steps. So any step follows from its number alone; how many sequences the windows before it have is the one thing
-that takes time to find out, so an `Anchor` in the resume state keeps that.
+The endless stream of documents (`mixture.py`) is cut into windows; each window is packed alone (`windows.py`), its sequences are shuffled, and the
+windows' sequences in a row are cut into steps. With `data.io_mode: lanes` there are several such streams, which take turns (`lanes.py`).
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
+import itertools
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,10 +20,12 @@ from fusiontrain.data.documents import Draws, Place, arrange, draw
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource
 from fusiontrain.data.plan.balance import balance
+from fusiontrain.data.plan.lanes import Lanes, even_order, lane_documents
 from fusiontrain.data.plan.lengths import mixed_source, one_pass, patches
 from fusiontrain.data.plan.mixture import Mixture
 from fusiontrain.data.plan.packing import best_fit_decreasing
 from fusiontrain.data.plan.permutation import feistel
+from fusiontrain.data.plan.windows import Anchor, Windows
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.modality import IMAGE, TEXT
 from fusiontrain.utils.errors import UserError
@@ -77,16 +77,7 @@ class PlannedSequence:
     @property
     def cost(self) -> int:
         """What ranks are balanced by, in image tokens: text tokens cost the same in every sequence, for padding is computed too."""
-        area = sum(document.num_tokens**2 for document in self.documents) // 2
-        return self.image_tokens + area // PAIRS_PER_TOKEN
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """The number of a window and of its first sequence in the whole run: where planning may begin instead of at 0."""
-
-    window: int = 0
-    sequence: int = 0
+        return _cost(self.documents)
 
 
 class Plan:
@@ -98,15 +89,16 @@ class Plan:
     def __init__(self, config: Config, sources: Sequence[IndexedSource], tokenizer: Tokenizer, training: bool) -> None:
         self.data, self.seed, self.training = config.data, config.seed, training
         self.sources, self.begins = tuple(sources), tokenizer.begin_text_id is not None
-        self.sequences_per_step = config.train.global_batch_sequences
+        self.sequences_per_step, self.num_lanes = config.train.global_batch_sequences, config.data.lanes if config.data.io_mode == "lanes" else 1
         # Validation sees each document once, so sources mix by their sizes.
         mixed = [mixed_source(source, config.data) if training else one_pass(len(source)) for source in sources]
         self.mixture = Mixture(mixed, self.seed, shuffle=training)
         self.num_documents = self.mixture.end
         self.truncated = self.dropped = self.split = self.unfit = 0
-        self._counted_windows: set[int] = set()
-        self._first_window, self._first_sequence = 0, [0]  # first_sequence[i]: of window first_window + i
-        self._cache: OrderedDict[int, list[tuple[PlannedDocument, ...]]] = OrderedDict()
+        self._counted_windows: set[tuple[int, int]] = set()
+        self._places_per_window = config.data.pack_window_documents * self.num_lanes
+        kept = max(2 if self.num_lanes > 1 else 4, CACHED_DOCUMENTS // self._places_per_window)
+        self._lanes = Lanes([Windows(functools.partial(self._pack, lane), kept) for lane in range(self.num_lanes)])
         self._lock = threading.Lock()
         self._patches = functools.lru_cache(CACHED_SIZES)(lambda height, width: patches(height, width, self.data))
         if training:
@@ -141,6 +133,8 @@ class Plan:
     def shares(self, step: int, world_size: int) -> list[list[PlannedSequence]]:
         """The sequences of every rank, in the order of the ranks."""
         sequences = self.step(step)
+        if self.data.io_mode == "lanes" and self._ranks_own_lanes(sequences):
+            return [[sequence for sequence in sequences if sequence.number % world_size == rank] for rank in range(world_size)]
         sequences += [PlannedSequence(-1, 0, ())] * (self.sequences_per_step - len(sequences))
         return [[sequences[i] for i in share] for share in balance([(s.cost, s.image_tokens) for s in sequences], world_size)]
 
@@ -151,89 +145,73 @@ class Plan:
                 return target + step - first
         return step
 
-    def anchor(self, step: int) -> Anchor:
-        """Where planning may begin in order to reach `step`, whose predecessor has been planned. The same on every rank."""
-        number = step * self.sequences_per_step
+    def anchors(self, step: int) -> tuple[Anchor, ...]:
+        """Where planning of each lane may begin in order to reach `step`, whose predecessor has been planned. The same on every rank."""
         with self._lock:
-            place = bisect.bisect_left(self._first_sequence, number)
-            if place == len(self._first_sequence) or self._first_sequence[place] > number:
-                place -= 1
-            if place < 0:
-                return Anchor()
-            return Anchor(self._first_window + place, self._first_sequence[place])
+            return self._lanes.anchors(step * self.sequences_per_step)
 
     def place(self, step: int) -> int:
         """About how many documents of the mixed stream the steps before `step` have used; all of them have been planned."""
-        anchor = self.anchor(step)
         with self._lock:
-            packed = self._pack(anchor.window)
-        inside = (step * self.sequences_per_step - anchor.sequence) / max(1, len(packed))
-        return round((anchor.window + inside) * self.data.pack_window_documents)
+            return round(self._lanes.windows_before(step * self.sequences_per_step) * self.data.pack_window_documents)
 
-    def begin_at(self, anchor: Anchor) -> None:
-        """Forget the windows before an anchor that this very plan gave, perhaps in another process. Earlier steps can still be asked for."""
+    def begin_at(self, anchors: Sequence[Anchor]) -> None:
+        """Forget the windows before anchors that this very plan gave, perhaps in another process. Earlier steps can still be asked for."""
         with self._lock:
-            self._first_window, self._first_sequence = anchor.window, [anchor.sequence]
+            self._lanes.begin_at(anchors)
 
-    def epoch(self, anchor: Anchor) -> int:
-        """How often the first source has been gone through at an anchor; never decreases from step to step."""
-        return self.mixture.given(0, anchor.window * self.data.pack_window_documents) // len(self.sources[0])
+    def epoch(self, anchors: Sequence[Anchor]) -> int:
+        """How often the first source has been gone through at the anchors, in the lane that is furthest back; never decreases from step to step."""
+        window = min(anchor.window for anchor in anchors)
+        return self.mixture.given(0, window * self._places_per_window) // len(self.sources[0])
 
     def _require_documents(self) -> None:
         """Raises UserError unless some document is fit for a sequence, for such a plan would look for its first sequence for ever."""
-        window = 0
-        while not self._is_past_the_end(window):
-            first = window * self.data.pack_window_documents
+        for first in itertools.count(step=self.data.pack_window_documents):
             if all(self.mixture.given(n, first) >= len(source) for n, source in enumerate(self.sources)):
                 break
-            if any(self._plan(window, *document, counts=False) for document in self.mixture.window(first, self.data.pack_window_documents)):
+            if any(self._plan(*document, counts=False) for document in self.mixture.window(first, self.data.pack_window_documents)):
                 return
-            window += 1
         raise UserError(f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate")
 
     def _sequence(self, number: int) -> PlannedSequence | None:
         with self._lock:
-            if number < self._first_sequence[0]:
-                self._first_window, self._first_sequence = 0, [0]
-            while self._first_sequence[-1] <= number:
-                window = self._first_window + len(self._first_sequence) - 1
-                packed = self._pack(window)
-                if not packed and self._is_past_the_end(window):
-                    return None
-                self._first_sequence.append(self._first_sequence[-1] + len(packed))
-            place = bisect.bisect_right(self._first_sequence, number) - 1
-            documents = self._pack(self._first_window + place)[number - self._first_sequence[place]]
+            documents = self._lanes.sequence(number)
+        if documents is None:
+            return None
         return PlannedSequence(number, hash_key(self.seed, self.training, number, _NOISE_DRAW), documents)
 
-    def _is_past_the_end(self, window: int) -> bool:
-        return self.num_documents is not None and window * self.data.pack_window_documents >= self.num_documents
+    def _ranks_own_lanes(self, sequences: Sequence[PlannedSequence]) -> bool:
+        """Not where lanes have come to their end: the others' sequences are shared among all ranks."""
+        with self._lock:
+            return len(sequences) == self.sequences_per_step and self._lanes.is_full(sequences[-1].number // self.num_lanes)
 
-    def _pack(self, window: int) -> list[tuple[PlannedDocument, ...]]:
-        if window not in self._cache:
-            self._cache[window] = self._pack_anew(window)
-            if len(self._cache) > max(4, CACHED_DOCUMENTS // self.data.pack_window_documents):
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(window)
-        return self._cache[window]
+    def _pack(self, lane: int, window: int, first: int) -> list[tuple[PlannedDocument, ...]] | None:
+        """The sequences of a lane's window, whose first has the number `first` in the lane; None behind the last window."""
+        place, count = window * self._places_per_window, self._places_per_window
+        if self.num_documents is not None and place >= self.num_documents:
+            return None
+        count = min(count, self.num_documents - place) if self.num_documents is not None else count
+        uses_lanes = self.data.io_mode == "lanes"
+        mixed = lane_documents(self.mixture, lane, self.num_lanes, place, count) if uses_lanes else self.mixture.window(place, count)
+        counts = (lane, window) not in self._counted_windows  # a repetition of the window's packing counts nothing
+        documents = [part for document in mixed for part in self._plan(*document, counts)]
+        self._counted_windows.add((lane, window))
+        groups = [tuple(documents[i] for i in group) for group in best_fit_decreasing([d.num_tokens for d in documents], self.data.sequence_length)]
+        if uses_lanes:
+            order = even_order([_cost(group) for group in groups], first, lane, self.num_lanes, self.sequences_per_step, self.seed)
+        else:
+            order = feistel(np.arange(len(groups)), len(groups), self.seed, window, _WINDOW_DRAW).tolist()
+        return [groups[i] for i in order]
 
-    def _pack_anew(self, window: int) -> list[tuple[PlannedDocument, ...]]:
-        first, count = window * self.data.pack_window_documents, self.data.pack_window_documents
-        if self.num_documents is not None:
-            count = max(0, min(count, self.num_documents - first))
-        documents = [part for document in self.mixture.window(first, count) for part in self._plan(window, *document)]
-        self._counted_windows.add(window)  # from here on a repetition of the window's packing counts nothing
-        groups = best_fit_decreasing([document.num_tokens for document in documents], self.data.sequence_length)
-        order = feistel(np.arange(len(groups)), len(groups), self.seed, window, _WINDOW_DRAW)
-        return [tuple(documents[i] for i in groups[g]) for g in order]
-
-    def _plan(self, window: int, source_number: int, epoch: int, sample: int, counts: bool = True) -> list[PlannedDocument]:
-        """The documents that a sample of a window becomes, as the index knows it; none where it is left out, which is counted."""
+    def _plan(self, source_number: int, epoch: int, sample: int, counts: bool) -> list[PlannedDocument]:
+        """The documents that a sample becomes, as the index knows it; none where it is left out. counts: such samples, for it is a first visit."""
         source = self.sources[source_number]
         shard, row = source.locate(sample)
         index = source.indexes[shard]
         pieces = index.pieces(row)
         kinds = index.kinds[pieces].tolist()
-        is_pair, first_visit = bool(index.is_pair[row]), counts and window not in self._counted_windows
+        is_pair = bool(index.is_pair[row])
         try:
             tokens = [
                 self._patches(height, width) if kind == IMAGE_PIECE else count
@@ -242,9 +220,9 @@ class Plan:
                 )
             ]
         except BadSample as error:
-            if first_visit:
+            if counts:
                 logger.warning("left out %s: %s", source.ref(sample), error)
-            self.unfit += first_visit
+            self.unfit += counts
             return []
         draws = NO_DRAWS  # a document of several images in an order of its own has nothing to draw
         if is_pair or kinds.count(IMAGE_PIECE) == 1:
@@ -252,10 +230,10 @@ class Plan:
         parts = arrange(kinds, tokens, is_pair, draws, self.data, self.begins)
         cut = not parts or parts[-1].cut
         if not parts or (cut and self.data.oversize == "drop"):
-            self.dropped += first_visit
+            self.dropped += counts
             return []
-        self.truncated += cut and first_visit
-        self.split += len(parts) > 1 and first_visit
+        self.truncated += cut and counts
+        self.split += len(parts) > 1 and counts
         return [
             PlannedDocument(
                 source_number, epoch, sample, part.places, part.cut, part.num_tokens,
@@ -265,11 +243,28 @@ class Plan:
         ]  # fmt: skip
 
 
-def check_world_size(sequences_per_step: int, world_size: int) -> None:
-    """Raises UserError, naming the nearest sizes that work, where a step cannot be shared evenly."""
-    if sequences_per_step % world_size:
-        below = sequences_per_step // world_size * world_size
-        near = [str(size) for size in (below, below + world_size) if size]
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raises UserError, naming the nearest sizes that work, where a step or the lanes cannot be shared evenly."""
+    sequences = config.train.global_batch_sequences
+    if sequences % world_size:
         raise UserError(
-            f"train.global_batch_sequences={sequences_per_step}: {world_size} ranks cannot share it evenly; nearest sizes that they can: {', '.join(near)}"
+            f"train.global_batch_sequences={sequences}: {world_size} ranks cannot share it evenly; nearest sizes that they can: {_near(sequences, world_size)}"
         )
+    lanes = config.data.lanes if config.data.mode == "planned" and config.data.io_mode == "lanes" else world_size
+    if lanes % world_size:
+        sizes = [size for size in range(1, lanes + 1) if lanes % size == sequences % size == 0]
+        near = [str(size) for size in (max((s for s in sizes if s < world_size), default=0), min((s for s in sizes if s > world_size), default=0)) if size]
+        raise UserError(
+            f"data.lanes={lanes}: {world_size} ranks cannot own equally many; nearest numbers of ranks that can: {', '.join(near)}; "
+            f"a new run may have {_near(lanes, world_size)} lanes"
+        )
+
+
+def _near(number: int, divisor: int) -> str:
+    below = number // divisor * divisor
+    return ", ".join(str(size) for size in (below, below + divisor) if size)
+
+
+def _cost(documents: Sequence[PlannedDocument]) -> int:
+    area = sum(document.num_tokens**2 for document in documents) // 2
+    return sum(document.image_tokens for document in documents) + area // PAIRS_PER_TOKEN

@@ -7,6 +7,7 @@ from typing import Any
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.plan.plan import Plan, PlannedSequence, check_world_size
+from fusiontrain.data.plan.reads import Reads
 from fusiontrain.modality import IMAGE, TEXT
 
 
@@ -14,16 +15,19 @@ def report(plan: Plan, config: Config, steps: int, world_size: int) -> dict[str,
     """The first `steps` steps of a training, and from them how far its sources reach. Planning must not have begun elsewhere.
 
     fill: tokens that are no padding. balance: the dearest rank's share of a step against the mean, for the worst step and for all on average.
+    read a chunk: how many ranks read a chunk of neighbours, or parts of it, in an epoch. bytes of chunks: what `data.chunk_cache_bytes` should allow for.
     """
-    check_world_size(plan.sequences_per_step, world_size)
+    check_world_size(config, world_size)
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     ratios: dict[str, list[float]] = {"cost": [], IMAGE.name: []}
+    reads = Reads(plan.sources)
     for step in range(steps):
         shares = plan.shares(step, world_size)
         ratios["cost"].append(_max_over_mean([sum(s.cost for s in share) for share in shares]))
         ratios[IMAGE.name].append(_max_over_mean([sum(s.image_tokens for s in share) for share in shares]))
-        for share in shares:
+        for rank, share in enumerate(shares):
+            reads.add(step, rank, share)
             for sequence in share:
                 _count(sequence, plan, documents, tokens)
     room = steps * plan.sequences_per_step * config.data.sequence_length
@@ -39,6 +43,8 @@ def report(plan: Plan, config: Config, steps: int, world_size: int) -> dict[str,
         "fill": f"{(text + image) / room:.4f}",
         **{f"{reason} documents": count for reason, count in oversize.items()},
         **{f"balance of {name} over {world_size} ranks": f"worst {max(values):.4f}, mean {sum(values) / len(values):.4f}" for name, values in ratios.items()},
+        f"of {world_size} ranks read a chunk": f"{reads.ranks_per_chunk():.2f}",
+        **({"bytes of chunks that a rank holds": reads.most_bytes()} if config.data.io_mode == "lanes" else {}),
         **_by_source(plan, config, steps, documents, tokens),
     }
 
