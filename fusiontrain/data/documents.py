@@ -146,7 +146,7 @@ class _Arranger:
 def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef) -> Document:
     """The document that `places` describe, without EOS where it was cut. Raises BadSample when the bytes do not give what the index promised."""
     segments: list[Segment] = []
-    text: list[Sequence[int]] = [] if tokenizer.begin_text_id is None else [(tokenizer.begin_text_id,)]
+    text: list[Sequence[int] | np.ndarray] = [] if tokenizer.begin_text_id is None else [(tokenizer.begin_text_id,)]
     for number, place in enumerate(places):
         piece = _piece(sample, place)
         if place.kind == TEXT_PIECE:
@@ -187,5 +187,5 @@ def _require(same: bool, what: str, found: int, promised: int) -> None:
         raise BadSample(f"{what} has {found} tokens, the index says {promised}: the shard has changed since it was indexed", CHANGED)
 
 
-def _text(parts: Sequence[Sequence[int]]) -> Segment:
+def _text(parts: Sequence[Sequence[int] | np.ndarray]) -> Segment:
     return Segment(TEXT.name, token_ids=np.concatenate(parts, dtype=np.int64))

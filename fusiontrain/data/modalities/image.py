@@ -56,12 +56,12 @@ def decode_patches(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[n
     if latents_of(suffix) != LATENT_SUFFIX:
         _require_channels(suffix, RGB, config)
         pixels = decode_rgbx(suffix, data, config)
-        return pixel_patches(pixels, side), whole_patches(*pixels.shape[:2], side)
+        return pixel_patches(pixels, side), whole_patches(pixels.shape[0], pixels.shape[1], side)
     maps = _load_latent(data)
     _require_channels(suffix, len(maps), config)
     if not np.isfinite(maps).all():
         raise BadSample(f"its .{suffix} holds numbers that are not finite", DECODE)
-    return patchify(maps, side), whole_patches(*maps.shape[1:], side)
+    return patchify(maps, side), whole_patches(maps.shape[1], maps.shape[2], side)
 
 
 def _require_channels(suffix: str, found: int, config: ImageDataConfig) -> None:
