@@ -146,7 +146,7 @@ class _Arranger:
 def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: bool, data: DataConfig, tokenizer: Tokenizer, source: SourceRef) -> Document:
     """The document that `places` describe, without EOS where it was cut. Raises BadSample when the bytes do not give what the index promised."""
     segments: list[Segment] = []
-    text: list[int] = [] if tokenizer.begin_text_id is None else [tokenizer.begin_text_id]
+    text: list[Sequence[int] | np.ndarray] = [] if tokenizer.begin_text_id is None else [(tokenizer.begin_text_id,)]
     for number, place in enumerate(places):
         piece = _piece(sample, place)
         if place.kind == TEXT_PIECE:
@@ -155,22 +155,22 @@ def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: b
             last = place.first_token + place.num_tokens if cut and number == len(places) - 1 else None
             kept = ids[place.first_token : last]
             _require(len(kept) == place.num_tokens, "a text", len(ids), place.num_tokens)
-            text += kept
+            text.append(np.asarray(kept, np.int64))
             continue
-        text.append(tokenizer.begin_image_id)
+        text.append((tokenizer.begin_image_id,))
         if IMAGE.name in data.modalities and piece.image is not None and data.image.representation == "codes":
             codes = decode_codes(piece.image, read(piece.image), data.image)
             _require(len(codes) == place.num_tokens, "an image", len(codes), place.num_tokens)
-            text += (tokenizer.vocab_size + codes).tolist()
+            text.append(tokenizer.vocab_size + codes)
         elif IMAGE.name in data.modalities and piece.image is not None:
             cap = data.image.image_first_noise_cap if number == 0 and len(places) > 1 else 1.0
             segment = image_segment(piece.image, read(piece.image), data.image, cap)
             _require(segment.num_tokens == place.num_tokens, "an image", segment.num_tokens, place.num_tokens)
             segments += [_text(text), segment]
             text = []
-        text.append(tokenizer.end_image_id)
+        text.append((tokenizer.end_image_id,))
     if not cut:
-        text.append(tokenizer.end_text_id)
+        text.append((tokenizer.end_text_id,))
     return Document((*segments, *([_text(text)] if text else [])), source)
 
 
@@ -187,5 +187,5 @@ def _require(same: bool, what: str, found: int, promised: int) -> None:
         raise BadSample(f"{what} has {found} tokens, the index says {promised}: the shard has changed since it was indexed", CHANGED)
 
 
-def _text(ids: list[int]) -> Segment:
-    return Segment(TEXT.name, token_ids=np.array(ids, dtype=np.int64))
+def _text(parts: Sequence[Sequence[int] | np.ndarray]) -> Segment:
+    return Segment(TEXT.name, token_ids=np.concatenate(parts, dtype=np.int64))

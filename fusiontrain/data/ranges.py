@@ -8,7 +8,6 @@ one interval per slice, and so are the queries of a key. Padding sees itself alo
 from __future__ import annotations
 
 import itertools
-from typing import Literal
 
 import numpy as np
 
@@ -29,47 +28,50 @@ def mask_ranges(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Intervals of rows, as [T, G, 2] int32: (key_ranges, query_ranges).
 
-    Every slice must hold documents in ascending `doc_ids` and tokens in ascending order, padding last. Costs O(T log T) per slice.
+    Every slice must hold documents in ascending `doc_ids` and tokens in ascending order, padding last. Costs one sort of T numbers.
     """
-    size = int(order_ids.max(initial=0)) + 2
-    # One number per row that sorts as (document, place): within a slice it only rises, so intervals are binary searches.
     real = doc_ids != PADDING_DOC_ID
     documents = np.where(real, doc_ids, doc_ids.max(initial=0) + 1).astype(np.int64)
-    places = documents * size + np.where(real, order_ids, 0)
-    first, last = _segment_reach(order_ids, segment_ids)
-    first_key, last_key = documents * size, documents * size + last
-    first_query, last_query = documents * size + first, documents * size + size - 1
+    # One number per row that sorts as (document, place); `sorted_rows` are the rows of all slices in reading order, padding last.
+    places = documents * (int(order_ids.max(initial=0)) + 1) + np.where(real, order_ids, 0)
+    sorted_rows = np.argsort(places, kind="stable")
+    first_key, last_query = _runs(documents, sorted_rows)
+    first_query, last_key = _segment_reach(*_runs(places, sorted_rows), segment_ids)
     shape = (len(doc_ids), len(slice_bounds) - 1, 2)
-    key_ranges, query_ranges = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    key_ranges, query_ranges = np.empty(shape, np.int32), np.empty(shape, np.int32)
     for g, (low, high) in enumerate(itertools.pairwise(slice_bounds)):
-        rows = places[low:high]
+        # before[n]: up to which row the first n rows in reading order fill the slice, whose rows are in that order too.
+        before = np.full(len(doc_ids) + 1, low, np.int32)
+        before[1:] += np.cumsum((sorted_rows >= low) & (sorted_rows < high), dtype=np.int32)
         for ranges, begin, end in ((key_ranges, first_key, last_key), (query_ranges, first_query, last_query)):
-            ranges[:, g, 0] = low + _search(rows, begin, "left")
-            ranges[:, g, 1] = low + _search(rows, end, "right")
+            ranges[:, g, 0] = before.take(begin)
+            ranges[:, g, 1] = before.take(end)
     _padding_sees_itself(key_ranges, ~real, slice_bounds)
     _padding_sees_itself(query_ranges, ~real, slice_bounds)
     return key_ranges, query_ranges
 
 
-def _segment_reach(order_ids: np.ndarray, segment_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last place that a row's bidirectional segment reaches; the row's own place where it is causal."""
-    first, last = order_ids.astype(np.int64), order_ids.astype(np.int64)
+def _runs(values: np.ndarray, sorted_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row, between which numbers [begin, end) of `sorted_rows` those of its value lie. sorted_rows: the rows by rising value."""
+    heads = _run_heads(values[sorted_rows])
+    lengths = np.diff(heads, append=len(values))
+    begins, ends = np.empty_like(sorted_rows), np.empty_like(sorted_rows)
+    begins[sorted_rows] = np.repeat(heads, lengths)
+    ends[sorted_rows] = np.repeat(heads + lengths, lengths)
+    return begins, ends
+
+
+def _segment_reach(first: np.ndarray, last: np.ndarray, segment_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest `first` and the highest `last` of a row's bidirectional segment; the row's own where it is causal."""
     inside = segment_ids >= 0
     if not inside.any():
         return first, last
     lowest = np.full(segment_ids.max() + 2, np.iinfo(np.int64).max)  # the last is for -1, those of no segment
     highest = np.full(segment_ids.max() + 2, -1)
     heads = _run_heads(segment_ids)
-    np.minimum.at(lowest, segment_ids[heads], np.minimum.reduceat(order_ids, heads))
-    np.maximum.at(highest, segment_ids[heads], np.maximum.reduceat(order_ids, heads))
-    first[inside], last[inside] = lowest[segment_ids[inside]], highest[segment_ids[inside]]
-    return first, last
-
-
-def _search(rows: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
-    """`numpy.searchsorted`, once for neighbours that are equal: all rows of an image, or of a document, look for the same."""
-    heads = _run_heads(wanted)
-    return np.repeat(np.searchsorted(rows, wanted[heads], side), np.diff(heads, append=len(wanted)))
+    np.minimum.at(lowest, segment_ids[heads], np.minimum.reduceat(first, heads))
+    np.maximum.at(highest, segment_ids[heads], np.maximum.reduceat(last, heads))
+    return np.where(inside, lowest[segment_ids], first), np.where(inside, highest[segment_ids], last)
 
 
 def _run_heads(values: np.ndarray) -> np.ndarray:

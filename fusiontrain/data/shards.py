@@ -56,10 +56,11 @@ def _local(path: str, names: list[str], suffixes: Sequence[str]) -> list[Path]:
     shards: list[Path] = []
     for name in names:
         if Path(name).is_dir():
-            entries = [entry for entry in Path(name).iterdir() if entry.name.endswith(tuple(suffixes))]
-            if odd := sorted(entry for entry in entries if not entry.is_file()):
-                raise UserError(f"{odd[0]}: not a regular file, so no shard; rename or remove it")
-            shards += entries
+            with os.scandir(name) as entries:  # which knows what is a file without a look at each
+                files = {entry.name: entry.is_file() for entry in entries if entry.name.endswith(tuple(suffixes))}
+            if odd := sorted(file for file, is_file in files.items() if not is_file):
+                raise UserError(f"{Path(name, odd[0])}: not a regular file, so no shard; rename or remove it")
+            shards += [entry for entry in Path(name).iterdir() if entry.name in files]
         elif Path(name).is_file():  # before the glob: a name may hold brackets of its own
             shards.append(Path(name))
         elif glob.has_magic(name):

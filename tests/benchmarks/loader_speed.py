@@ -49,6 +49,7 @@ def config_of(folder: Path, workers: int) -> Config:
     return tiny_config({
         "model.vocab_size": 2000, "data.sources": [{"path": str(folder)}], "data.tokenizer": {"path": str(folder / "tokenizer.json"), **names},
         "data.sequence_length": 8192, "data.image": {"size": 256, "patch_size": 16}, "data.condition_dropout": 0.0, "data.num_workers": workers,
+        "data.executor": "processes",  # as the workers of the others are
         "train.global_batch_sequences": 1,
     })  # fmt: skip
 

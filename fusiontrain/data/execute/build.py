@@ -89,7 +89,7 @@ class Builder:
         """The sample's pieces from the index and the token cache: neither its json nor its text is read again."""
         index, tokens = source.indexes[shard], source.tokens[shard]
         pieces = index.pieces(row)
-        ids = tokens.read(self.shards.file(tokens.path), row).tolist()
+        ids = tokens.read(self.shards.file(tokens.path), row)
         found, first = [], 0
         for kind, count, member in zip(index.kinds[pieces].tolist(), tokens.counts[pieces].tolist(), index.image_members[pieces].tolist(), strict=True):
             if kind == IMAGE_PIECE:

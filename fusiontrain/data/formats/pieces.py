@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from fusiontrain.data.errors import BadSample
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
@@ -32,7 +34,7 @@ class Piece(NamedTuple):
 
     text: str | None = None
     image: str | None = None
-    token_ids: Sequence[int] | None = None
+    token_ids: Sequence[int] | np.ndarray | None = None
 
 
 class Sample(NamedTuple):

@@ -62,6 +62,10 @@ class Known(Generic[R]):
     folders: list[Path | None]
     rows: Table[R]
 
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.folders)
+
     def put(self, number: int, folder: Path, row: R) -> None:
         self.folders[number] = folder
         for field, value in row._asdict().items():
@@ -86,22 +90,19 @@ def _take(
     known: Known, folder: Path, columns: dict[str, list], files: set[str], numbers: Sequence[int], names: Sequence[str], stats: Sequence[list]
 ) -> None:
     """Put in what a folder's manifest says of those shards that are as it says, and whose files are there."""
-    places = {name: place for place, name in enumerate(columns["name"])}
     (sizes, times), (then, at), there = stats, (columns["size"], columns["changed"]), columns["file"]
-    fit, rows = [], []
+    if sizes == then and times == at and list(names) == columns["name"] and files.issuperset(there) and known.is_empty:
+        # The rule: all shards lie in one folder and are as they were.
+        known.folders[:] = [folder] * len(then)
+        known.rows.columns.update(columns)
+        return
+    places = {name: place for place, name in enumerate(columns["name"])}
     for number, name in zip(numbers, names, strict=True):
         place = places.get(name)
         if place is not None and sizes[number] == then[place] and times[number] == at[place] and there[place] in files and known.folders[number] is None:
-            fit.append(number)
-            rows.append(place)
             known.folders[number] = folder
-    for field, column in known.rows.columns.items():
-        source = columns[field]
-        if len(fit) == len(column):  # the rule: all shards lie in one folder and are as they were
-            known.rows.columns[field] = [source[place] for place in rows]
-        else:
-            for number, place in zip(fit, rows, strict=True):
-                column[number] = source[place]
+            for field, column in known.rows.columns.items():
+                column[number] = columns[field][place]
 
 
 def by_folder(shards: Sequence[Shard]) -> Folders:

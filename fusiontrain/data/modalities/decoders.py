@@ -17,6 +17,7 @@ from fusiontrain.data.errors import DECODE, BadSample
 from fusiontrain.data.formats.pieces import split_page
 from fusiontrain.data.modalities.image_header import has_exif
 from fusiontrain.data.modalities.policy import grid_of, resized
+from fusiontrain.data.modalities.scratch import scratch
 from fusiontrain.utils.errors import UserError
 
 try:
@@ -65,6 +66,14 @@ def decode_path(config: ImageDataConfig) -> str:
 
 def decode_pixels(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarray:
     """The picture upright, as RGB (transparency over white), at the size that the policy gives it: [H, W, 3] uint8. Raises BadSample."""
+    return decode_rgbx(suffix, data, config)[..., :3].copy()
+
+
+def decode_rgbx(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarray:
+    """As `decode_pixels`, with a fourth byte behind each pixel that means nothing: [H, W, 4] uint8, good until this thread's next call.
+
+    Words of 4 bytes are moved whole by numpy, where 3 bytes are moved one by one.
+    """
     try:
         if data[:2] == JPEG_MAGIC and jpeg_decoder(config) == SIMPLEJPEG:
             height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -87,10 +96,13 @@ def _by_simplejpeg(suffix: str, data: bytes, height: int, width: int, config: Im
             turn = orientation(opened)
     target = _target(height, width, turn, config)
     scale = dct_scale(height, width, turn, target)
-    pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // scale), min_width=-(-width // scale), strict=True)
+    rows, columns = -(-height // scale), -(-width // scale)
+    memory = scratch("pixels", (rows * columns * 4,), np.uint8)
+    pixels = simplejpeg.decode_jpeg(data, "RGBX", min_height=rows, min_width=columns, strict=True, buffer=memory)
     if turn == 1 and pixels.shape[:2] == target:
         return pixels
-    return _finished(Image.fromarray(pixels), turn, target, config)
+    image = Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)
+    return _finished(image, turn, target, config)
 
 
 def _by_pillow(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarray:
@@ -125,7 +137,8 @@ def dct_scale(height: int, width: int, turn: int, target: tuple[int, int]) -> in
 def _finished(image: Image.Image, turn: int, target: tuple[int, int], config: ImageDataConfig) -> np.ndarray:
     if turn in UPRIGHT:
         image = image.transpose(UPRIGHT[turn])
-    return np.asarray(resized(image, *target, crop=config.resize == "square"))
+    image = resized(image, *target, crop=config.resize == "square")
+    return np.frombuffer(bytearray(image.tobytes("raw", "RGBX")), np.uint8).reshape(*target, 4)
 
 
 def orientation(image: Image.Image) -> int:

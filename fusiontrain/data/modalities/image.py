@@ -10,13 +10,15 @@ from PIL import Image, UnidentifiedImageError
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
 from fusiontrain.data.formats.pieces import CODES_SUFFIX, LATENT_SUFFIX, latents_of, split_page
-from fusiontrain.data.modalities.decoders import MAX_PIXELS, decode_pixels, orientation, refuse_bomb
+from fusiontrain.data.modalities.decoders import MAX_PIXELS, decode_rgbx, orientation, refuse_bomb
 from fusiontrain.data.modalities.image_header import plain_size
 from fusiontrain.data.modalities.policy import whole_patches
+from fusiontrain.data.modalities.scratch import scratch
 from fusiontrain.modality import IMAGE
 from fusiontrain.types import Segment
 
 PIXEL_SCALE = np.float32(127.5)
+RGB = 3
 
 
 def image_size(suffix: str, data: bytes) -> tuple[int, int]:
@@ -50,14 +52,21 @@ def decode_image(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.
 
 def decode_patches(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.ndarray, tuple[int, int]]:
     """Bytes of a member -> patches [n, C] and their grid: pixels as uint8, latents as float32. Raises BadSample."""
-    is_latent = latents_of(suffix) == LATENT_SUFFIX
-    maps = _load_latent(data) if is_latent else decode_pixels(suffix, data, config).transpose(2, 0, 1)
-    if maps.shape[0] != config.channels:
-        raise BadSample(f"its .{suffix} has {maps.shape[0]} channels, data.image.channels={config.channels}", DECODE)
-    if is_latent and not np.isfinite(maps).all():
+    side = config.patch_size
+    if latents_of(suffix) != LATENT_SUFFIX:
+        _require_channels(suffix, RGB, config)
+        pixels = decode_rgbx(suffix, data, config)
+        return pixel_patches(pixels, side), whole_patches(pixels.shape[0], pixels.shape[1], side)
+    maps = _load_latent(data)
+    _require_channels(suffix, len(maps), config)
+    if not np.isfinite(maps).all():
         raise BadSample(f"its .{suffix} holds numbers that are not finite", DECODE)
-    grid = whole_patches(maps.shape[1], maps.shape[2], config.patch_size)
-    return patchify(maps, config.patch_size), grid
+    return patchify(maps, side), whole_patches(maps.shape[1], maps.shape[2], side)
+
+
+def _require_channels(suffix: str, found: int, config: ImageDataConfig) -> None:
+    if found != config.channels:
+        raise BadSample(f"its .{suffix} has {found} channels, data.image.channels={config.channels}", DECODE)
 
 
 def normalized(patches: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -91,6 +100,17 @@ def patchify(maps: np.ndarray, side: int) -> np.ndarray:
     # A patch's row of pixels is moved as one item: numpy copies items fast and single bytes slowly.
     rows = planes.view(np.dtype((np.void, side * maps.itemsize))).reshape(channels, height // side, side, width // side)
     return np.ascontiguousarray(rows.transpose(1, 3, 0, 2)).view(maps.dtype).reshape(-1, channels * side * side)
+
+
+def pixel_patches(pixels: np.ndarray, side: int) -> np.ndarray:
+    """`patchify` of the three channels of pixels [H, W, 4] uint8 from `decode_rgbx`, which are used up: [n, 3 * side * side] uint8."""
+    height, width, _ = pixels.shape
+    planes = scratch("planes", (RGB, height, width), np.uint8)
+    words = pixels.view("<u4")[..., 0]
+    for plane in planes:
+        plane[...] = words  # of which the lowest byte stays
+        words >>= 8
+    return patchify(planes, side)
 
 
 def load_array(suffix: str, data: bytes) -> np.ndarray:
