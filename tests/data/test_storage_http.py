@@ -33,6 +33,7 @@ NAMES = "/shard-{000..001}.tar"
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("fusiontrain.data.storage.retry.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("fusiontrain.data.storage.retry.LONGEST_WAIT_SECONDS", 0.1)
     write_shards(tmp_path / "shards", shards=2, samples=12)
     with range_server(tmp_path / "shards") as running:
         yield running

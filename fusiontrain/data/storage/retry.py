@@ -14,6 +14,8 @@ from fusiontrain.utils.errors import UserError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+CHANGED = "the shard has changed since the run began; start again, which indexes it anew"
+
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 30.0
 
 
