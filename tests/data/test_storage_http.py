@@ -206,6 +206,7 @@ def test_json_lines_behind_http(server, name):
         ("short", "IncompleteRead|ended after"),
         ("reset", "Remote end closed"),
         ("whole", r"whole file \(status 200\) where a range was asked for"),
+        ("gzip", "compresses a range"),
         ("other", r"another range \(bytes 101-150/\d+, 50 bytes\) than bytes 100-149"),
     ],
 )
@@ -269,6 +270,16 @@ def test_a_dead_server_in_the_middle_of_a_training_is_no_bad_sample(server):
     with pytest.raises(UserError, match=r"/shard-00\d\.tar: \d+ bytes at offset \d+: the server answers with status 503"):
         tensors_of(loader, 1)
     assert loader.skipped == 0
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_credentials_that_expire_during_a_run_are_said_at_once(server, status):
+    shard = remote(server)[0]
+    server.requests.clear()
+    server.fault = lambda number, path: status
+    with pytest.raises(UserError, match=rf"shard-000\.tar: 9 bytes at offset 5: the server answers with status {status}") as error:
+        open_shard(shard).read(5, 9)
+    assert len(server.requests) == 1 and "tries" not in str(error.value)
 
 
 def test_what_is_not_there_is_not_tried_twice(server):
