@@ -26,7 +26,8 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
         parser.add_argument("--out", metavar="DIR", help="keep the index there, for shards in a read-only place; a training needs data.index_dir=DIR then")
-    index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
+    index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key), such as a run's "
+                       "bad_samples.jsonl, out of every plan from now on; a relative shard is meant from the current folder")
     data_inspect.add_parser(actions)
     plan = actions.add_parser("plan", help="what the first steps of a training will hold: no sample is read")
     add_config_arguments(plan)
@@ -103,6 +104,11 @@ def _index(args: argparse.Namespace) -> dict[str, Any]:
     found = _indexed(args)
     excluded = exclude(found.shards, read_exclusions(Path(args.exclude)) if args.exclude else {}, None if args.out is None else Path(args.out))
     rows = found.indexes.rows
+    empty = [row.name for row in rows if not row.documents and not row.unusable]
+    if len(empty) == len(rows):
+        raise UserError(f"{', '.join(args.shards)}: not one sample in {len(rows)} shards; what is in them?")
+    if empty:
+        note(f"{len(empty)} of {len(rows)} shards hold no sample, the first of them is {empty[0]}")
     return {
         "shards": len(rows),
         "samples": sum(row.documents for row in rows),

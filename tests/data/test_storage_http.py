@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import itertools
 import json
@@ -293,8 +294,20 @@ def test_http_folders_and_unknown_stores_are_refused():
         expand_shards("http://127.0.0.1:1/folder/", settings())
     with pytest.raises(UserError, match="no such kind of store"):
         expand_shards("gopher://x/y.tar", settings())
-    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:1/y\.tar: .*refused.*given up after 1 tries"):
-        expand_shards("http://127.0.0.1:1/y.tar", settings(retries=0))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid"])
+def test_an_address_where_nobody_is_fails_at_once_at_the_start(host, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited for another try"))
+    with pytest.raises(UserError, match=rf"^http://{host}/y\.tar: nobody answers \(.*(refused|resolve).*\); is the address right, and the server up\?$"):
+        expand_shards(f"http://{host}/y.tar", settings(retries=8))
+
+
+def test_a_server_that_is_started_again_during_a_run_is_waited_for(server):
+    shard = remote(server)[0]
+    away = dataclasses.replace(shard, url="http://127.0.0.1:1/shard-000.tar")
+    with pytest.raises(UserError, match=r"9 bytes at offset 5: .*refused.*given up after 3 tries"):
+        open_shard(away).read(5, 9)
 
 
 def test_passwords_and_signatures_are_used_and_never_shown(server, caplog):

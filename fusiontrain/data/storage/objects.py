@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import fsspec
 import fsspec.asyn
 
-from fusiontrain.data.storage.retry import CHANGED, FinalError, TransientError
+from fusiontrain.data.storage.retry import CHANGED, FinalError, TransientError, Unreachable
 from fusiontrain.data.storage.shard import scrubbed, without_secrets
 from fusiontrain.utils.errors import UserError
 
@@ -19,7 +20,12 @@ TAGS = ("generation", "ETag", "etag", "LastModified", "mtime", "updated", "creat
 NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})
 """Of botocore and google.auth, which need not be installed."""
 
+NOBODY_THERE = frozenset({"EndpointConnectionError", "ClientConnectorError", "ClientConnectorDNSError"})
+"""Of botocore and aiohttp."""
+
 REFUSALS = (401, 403)
+
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of the errors that it raises
 
 
 def read_range(url: str, first: int, size: int, timeout: float, tag: str) -> bytes:
@@ -106,4 +112,5 @@ def _sorted_error(error: Exception, of_a_version: bool) -> Exception:
         return FinalError(f"may not be read with the credentials of this process ({said})")
     if type(error).__name__ in NO_CREDENTIALS:
         return FinalError(f"there are no credentials for it ({said})")
-    return TransientError(f"{type(error).__name__}: {said}")
+    kind = Unreachable if type(error).__name__ in NOBODY_THERE else TransientError
+    return kind(f"{type(error).__name__}: {said}")
