@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,18 @@ def run(args: argparse.Namespace) -> int:
 def _make_world(args: argparse.Namespace) -> dict[str, Any]:
     from fusiontrain.data.world.make import make_world
 
-    info = make_world(args.directory, args.documents, args.seed)
+    with _writing(args.directory):
+        info = make_world(args.directory, args.documents, args.seed)
     return {"world": args.directory, "seed": args.seed, **{f"{split} documents": count for split, count in info["documents"].items()}}
+
+
+@contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """A disk that is full or may not be written is one sentence, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: could not be written to its end ({error}); make room there, or name another folder") from error
 
 
 def _indexed(args: argparse.Namespace) -> Any:
@@ -184,9 +196,12 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--documents-per-shard {args.documents_per_shard}: must be at least 1")
     settings = (args.format, args.pictures, args.image_position, args.text_key, args.documents_per_shard, args.workers)
     console, total = Console(stderr=True), Counter[str]()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with _writing(args.out), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("files")
         for done, (_, counts, files) in enumerate(convert(args.source, Path(args.out), *settings), 1):
             total.update(counts)
             progress.update(bar, completed=done, total=files)
+    if not total["documents"]:
+        said = ", ".join(f"{count} {what}" for what, count in total.items() if count) or "no record at all"
+        raise UserError(f"{args.source}: not one document as --format {args.format} ({said}); {args.out}/.convert/*.dropped.jsonl says why of each")
     return {"shards in": args.out, "files": files, **total}
