@@ -50,7 +50,8 @@ setup(
         "vae": ["diffusers"],
         "bench": ["megatron-energon"],
         "dev": [
-            "diffusers", "flask", "flask-cors", "hypothesis", "import-linter", "moto[s3]", "mypy", "pyarrow", "pytest", "pytest-xdist", "ruff", "s3fs",
+            "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "moto[s3]", "mypy", "pyarrow", "pytest", "pytest-xdist", "ruff",
+            "s3fs",
             "triton>=3.6; platform_system == 'Linux'", "types-PyYAML",
         ],
     },

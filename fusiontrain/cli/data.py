@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
         parser.add_argument("--out", metavar="DIR", help="keep the index there, for shards in a read-only place; a training needs data.index_dir=DIR then")
-    index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key) out of every plan from now on")
+    index.add_argument("--exclude", metavar="FILE", help="leave the samples of this file of JSON lines (shard, key), such as a run's "
+                       "bad_samples.jsonl, out of every plan from now on; a relative shard is meant from the current folder")
     data_inspect.add_parser(actions)
     plan = actions.add_parser("plan", help="what the first steps of a training will hold: no sample is read")
     add_config_arguments(plan)
@@ -67,8 +70,18 @@ def run(args: argparse.Namespace) -> int:
 def _make_world(args: argparse.Namespace) -> dict[str, Any]:
     from fusiontrain.data.world.make import make_world
 
-    info = make_world(args.directory, args.documents, args.seed)
+    with _writing(args.directory):
+        info = make_world(args.directory, args.documents, args.seed)
     return {"world": args.directory, "seed": args.seed, **{f"{split} documents": count for split, count in info["documents"].items()}}
+
+
+@contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """A disk that is full or may not be written is one sentence, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: could not be written to its end ({error}); make room there, or name another folder") from error
 
 
 def _indexed(args: argparse.Namespace) -> Any:
@@ -103,6 +116,11 @@ def _index(args: argparse.Namespace) -> dict[str, Any]:
     found = _indexed(args)
     excluded = exclude(found.shards, read_exclusions(Path(args.exclude)) if args.exclude else {}, None if args.out is None else Path(args.out))
     rows = found.indexes.rows
+    empty = [row.name for row in rows if not row.documents and not row.unusable]
+    if len(empty) == len(rows):
+        raise UserError(f"{', '.join(args.shards)}: not one sample in {len(rows)} shards; what is in them?")
+    if empty:
+        note(f"{len(empty)} of {len(rows)} shards hold no sample, the first of them is {empty[0]}")
     return {
         "shards": len(rows),
         "samples": sum(row.documents for row in rows),
@@ -178,9 +196,12 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--documents-per-shard {args.documents_per_shard}: must be at least 1")
     settings = (args.format, args.pictures, args.image_position, args.text_key, args.documents_per_shard, args.workers)
     console, total = Console(stderr=True), Counter[str]()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with _writing(args.out), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("files")
         for done, (_, counts, files) in enumerate(convert(args.source, Path(args.out), *settings), 1):
             total.update(counts)
             progress.update(bar, completed=done, total=files)
+    if not total["documents"]:
+        said = ", ".join(f"{count} {what}" for what, count in total.items() if count) or "no record at all"
+        raise UserError(f"{args.source}: not one document as --format {args.format} ({said}); {args.out}/.convert/*.dropped.jsonl says why of each")
     return {"shards in": args.out, "files": files, **total}

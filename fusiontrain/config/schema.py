@@ -81,7 +81,7 @@ class ImageDataConfig(Section):
     resize: Literal["square", "stretch", "native"] = Field(
         "square", description="square: cropped to size x size pixels; stretch: all of it to that; native: its own shape in min_tokens to max_tokens patches"
     )
-    size: int = Field(256, ge=4, description="side of a picture in pixels; with resize: native, of those that sampling paints")
+    size: int = Field(256, ge=4, description="side of a picture in pixels; resize: native: of those that sampling paints; latents and codes stay as they lie")
     min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
     max_tokens: int = Field(1024, ge=1, description="resize: native: patches that a larger picture is scaled down to")
     patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
@@ -211,12 +211,12 @@ class CheckpointConfig(Section):
 
 
 class EvaluateConfig(Section):
-    every_steps: int = Field(1000, ge=1)
+    every_steps: int | None = Field(1000, ge=1, description="and after the last step; null for never")
     batches: int = Field(8, ge=1, description="global batches of the validation sources, always the same ones")
 
 
 class SampleConfig(Section):
-    every_steps: int = Field(1000, ge=1)
+    every_steps: int | None = Field(1000, ge=1, description="and after the last step; null for never")
     prompts: tuple[str, ...] = ()
     steps: int = Field(250, ge=1, description="denoising steps")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 = none")

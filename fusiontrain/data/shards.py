@@ -20,7 +20,7 @@ from fusiontrain.data.storage.retry import retried
 from fusiontrain.data.storage.shard import GZIP_SUFFIXES, PIPE, GzipShard, PipeShard, RemoteShard, Shard, is_remote, without_secrets
 from fusiontrain.utils.errors import UserError
 
-BRACES = re.compile(r"\{([^{}]*)\}")
+BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
 NUMBERS = re.compile(r"\{(\d+\.\.\d+)\}")  # all that a shell command's braces may mean to us
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 SUFFIXES = (".tar", ".jsonl", *GZIP_SUFFIXES)
@@ -83,8 +83,8 @@ def _remote(names: list[str], settings: StorageConfig) -> list[RemoteShard]:
             raise UserError(f"{without_secrets(url)}: HTTP cannot list a folder; name the shards, for instance by a brace range shard-{{000..015}}.tar")
         where, timeout = without_secrets(url), settings.timeout_seconds
         if is_http(url) or not (is_folder or objects.has_magic(url)):
-            return [RemoteShard(url, *retried(lambda: describe(url, timeout), where, settings), settings)]
-        listed = retried(lambda: objects.listing(url, timeout), where, settings)
+            return [RemoteShard(url, *retried(lambda: describe(url, timeout), where, settings, first_contact=True), settings)]
+        listed = retried(lambda: objects.listing(url, timeout), where, settings, first_contact=True)
         return [RemoteShard(found, size, tag, settings) for found, (size, tag) in listed.items() if found.endswith(SUFFIXES)]
 
     with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="list") as pool:
@@ -98,11 +98,18 @@ def _expand_braces(path: str, braces: re.Pattern[str]) -> list[str]:
 
 
 def _choices(inside: str) -> list[str]:
-    match = RANGE.fullmatch(inside)
-    if match is None:
-        return inside.split(",")
-    first, last = match.groups()
-    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    """`0..2,7` means 0, 1, 2 and 7; what is no range of numbers stands for itself."""
+    found = []
+    for choice in inside.split(","):
+        match = RANGE.fullmatch(choice)
+        if match is None:
+            found.append(choice)
+            continue
+        first, last = match.groups()
+        if int(first) > int(last):
+            raise UserError(f"{{{inside}}}: the range {choice} of a source's path runs downwards; write {{{last}..{first}}}")
+        found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return found
 
 
 class OpenShards:

@@ -23,7 +23,8 @@ class RangeServer:
 
     fault: asked before each answer with the number of the request from 0 on and its path; the name of a fault, or None for none: a status such
     as "503", "short" (half of the bytes, then the end), "reset" (nothing, then the end), "whole" (status 200 and the whole file), "other" (a range
-    one byte further on), "drip" (a byte every 20 ms). latency_seconds: before each answer. etag: sent with each; None for a time of change alone.
+    one byte further on), "gzip" (said to be compressed), "drip" (a byte every 20 ms). latency_seconds: before each answer. etag: sent with each;
+    None for a time of change alone.
     """
 
     folder: Path
@@ -97,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Last-Modified", formatdate(0, usegmt=True))
             if self.about.etag is not None:
                 self.send_header("ETag", self.about.etag)
+        if fault == "gzip":
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         if fault == "short":
             self.wfile.write(body[: len(body) // 2])

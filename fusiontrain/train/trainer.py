@@ -193,7 +193,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Validation losses if they are due after this step."""
-        if self.validation_loader is None or not (self._due(self.config.evaluate.every_steps) or self._is_last()):
+        if self.validation_loader is None or not self._due_or_last(self.config.evaluate.every_steps):
             return {}
         losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device)
         words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
@@ -205,7 +205,7 @@ class Trainer:
         config = self.config
         if not config.sample.prompts or not uses_images(config):
             return
-        if not (self._due(config.sample.every_steps) or self._is_last()):
+        if not self._due_or_last(config.sample.every_steps):
             return
         sheet = paint_prompts(self.model, self.tokenizer, config)
         free_gathered(self.model)
@@ -236,6 +236,9 @@ class Trainer:
                 f"step {self.state.step}: loss {result.loss} and gradient norm {result.grad_norm} were not finite for "
                 f"{self.state.nonfinite_in_a_row} steps in a row: lower optimizer.learning_rate or optimizer.clip_norm and resume"
             )
+
+    def _due_or_last(self, every: int | None) -> bool:
+        return every is not None and (self._due(every) or self._is_last())
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0

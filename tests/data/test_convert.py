@@ -6,6 +6,8 @@ import base64
 import gzip
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -333,6 +335,22 @@ def test_the_command_reports_what_it_left_out(tmp_path, capsys):
     assert (report["documents"], report["documents malformed"], report["files"]) == (4, 1, 1)
     assert main(["data", "index", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 4
+
+
+def test_what_gives_not_one_document_is_an_error(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(lines_of(3))
+    assert main(["data", "convert", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--format", "obelics"]) == 2
+    assert "not one document as --format obelics (3 documents malformed)" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_no_half_shard(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines_of(400))
+    limited = "import resource, sys; from fusiontrain.cli.main import main; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); sys.exit(main())"
+    command = [sys.executable, "-c", limited, "data", "convert", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--format", "jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "out: could not be written to its end" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").rglob("*.tar*"))
 
 
 def test_a_picture_names_itself():

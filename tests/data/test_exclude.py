@@ -49,6 +49,16 @@ def test_excluding_adds_and_does_so_once(tmp_path, capsys):
     assert len(loader_of(source).sources[0]) == 6
 
 
+def test_a_relative_shard_is_meant_from_the_current_folder(tmp_path, monkeypatch):
+    """As in the bad_samples.jsonl of a run whose sources have relative paths."""
+    source = write_shards(tmp_path / "shards", shards=1, samples=4)
+    file = exclusions(tmp_path, ("shards/shard-000.tar", "s0-0001"))
+    assert main(["data", "index", source, "--exclude", file]) == 2, "from another folder it is another shard"
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "index", source, "--exclude", file]) == 0
+    assert len(loader_of(source).sources[0]) == 3
+
+
 @pytest.mark.parametrize(("content", "said"), [("[1]\n", "line 1 is not"), ("\n{}\n", "line 2 is not"), ('{"shard": "/other.tar", "key": "k"}', "name it too")])
 def test_a_list_that_cannot_be_meant_is_refused(tmp_path, capsys, content, said):
     source = write_shards(tmp_path / "shards", shards=1, samples=2)

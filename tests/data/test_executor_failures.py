@@ -124,6 +124,18 @@ def test_a_batch_outlives_its_loader(shards, executor):
     assert mappings() == 0
 
 
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_batches_that_are_kept_hold_no_descriptors(shards, executor):
+    """One for each tensor or image would soon be all that a process may have."""
+    with contextlib.closing(make_loader(shards, executor)) as loader:
+        iterator = loader.iterate(0)
+        kept = list(itertools.islice(iterator, 5))
+        few = len(descriptors())
+        kept += itertools.islice(iterator, 60)
+        assert sum(len(batches) for batches, _ in kept) >= 65
+        assert len(descriptors()) <= few + 2, "but for a shard that was opened in the meantime"
+
+
 def test_a_worker_that_is_killed_is_named_and_the_loader_can_begin_again(shards):
     with contextlib.closing(make_loader(shards, count=1)) as loader:
         iterator = loader.iterate(0)

@@ -132,6 +132,18 @@ def test_an_index_that_can_be_kept_nowhere_is_refused(tmp_path):
         open_source(source, tmp_path / "file")
 
 
+def test_a_manifest_that_cannot_be_written_is_done_without(tmp_path, caplog):
+    """As on a disk that is full once the indexes are there."""
+    source = write_shards(tmp_path / "shards", shards=2, samples=3)
+    open_source(source)
+    _, fields = open_source(source)
+    for path in (tmp_path / "shards" / FOLDER).glob("manifest*"):
+        path.unlink()
+        (path / "in the way").mkdir(parents=True)
+    assert open_source(source)[1] == fields
+    assert "every start will open the files of all its shards" in caplog.text
+
+
 def test_what_was_measured_before_an_interrupt_is_kept(tmp_path):
     source = write_shards(tmp_path, shards=4, samples=3)
     damaged = tmp_path / "shard-002.tar"

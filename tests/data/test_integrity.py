@@ -120,6 +120,17 @@ def test_index_of_a_damaged_shard_ends_with_a_sentence(tmp_path, capsys):
     assert "0.tar: damaged at offset" in capsys.readouterr().err
 
 
+def test_shards_without_a_sample_are_said(tmp_path, capsys):
+    """A download that failed may leave a file of zeros, which is an empty tar."""
+    (tmp_path / "0.tar").write_bytes(bytes(10240))
+    assert main(["data", "index", str(tmp_path)]) == 2
+    assert f"{tmp_path}: not one sample in 1 shards" in capsys.readouterr().err
+    write_shard(tmp_path / "1.tar", mixed_samples(4))
+    assert main(["data", "index", str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["samples"] == 4 and "1 of 2 shards hold no sample, the first of them is 0.tar" in err
+
+
 def test_offsets_beyond_four_gib(tmp_path):
     """A sparse tar: one huge hole as a member, then a sample behind it."""
     path, hole = tmp_path / "x.tar", 5 << 30

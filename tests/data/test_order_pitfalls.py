@@ -1,4 +1,5 @@
-"""What has broken the order of the data in other loaders: borders of epochs, resuming twice, global generators, salted hashes, 32-bit numbers."""
+"""What has broken the order of the data in other loaders: borders of epochs, resuming twice, global generators, salted hashes, 32-bit numbers,
+forks, lists that grow."""
 
 from __future__ import annotations
 
@@ -9,13 +10,16 @@ import random
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
 
+from fusiontrain.cli.main import main
 from fusiontrain.data.index.tokens import TokenCache
+from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -144,3 +148,31 @@ def test_sparse_members_are_refused_and_not_read_as_holes(tmp_path):
         tar.addfile(info)
     with pytest.raises(UserError, match=r"x\.tar: damaged at offset 0: members of type b'S' are not supported"):
         read_members(path)
+
+
+def test_nothing_forks(tmp_path, monkeypatch):
+    """A fork takes over locks, threads, CUDA and open connections in whatever state they are; every process is begun anew."""
+
+    def fork():
+        raise AssertionError("os.fork was called")
+
+    monkeypatch.setattr(os, "fork", fork)
+    shards = write_shards(tmp_path / "shards", shards=2, samples=4)
+    assert main(["data", "index", shards, "--workers", "2", "--tokenizer", "bytes"]) == 0
+    for number in range(2):
+        (tmp_path / f"{number}.jsonl").write_text('{"text": "words"}\n')
+    assert main(["data", "convert", str(tmp_path / "*.jsonl"), str(tmp_path / "out"), "--format", "jsonl", "--workers", "2"]) == 0
+    with closing(make_loader(shards, **{"data.executor": "processes", "data.num_workers": 2})) as loader:
+        assert next(loader.iterate(0))[0]
+
+
+def test_walking_a_shard_keeps_no_more_of_a_sample_than_its_key(tmp_path):
+    """`tarfile` keeps every member that it has passed, in about 1 kB each."""
+    peaks = []
+    for samples in (2000, 6000):
+        path = write_shard(tmp_path / f"{samples}.tar", [{"txt": b"words"}] * samples)
+        tracemalloc.start()
+        assert sum(1 for _ in shard_samples(path)) == samples
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 200 * 4000

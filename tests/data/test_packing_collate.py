@@ -85,7 +85,7 @@ def test_no_token_is_lost_and_reading_order_can_be_read_back(seed):
     for doc in documents:
         rows = (batch.doc_ids == by_key[doc.source.key]).nonzero().squeeze(1)
         rows = rows[batch.order_ids[rows].argsort()]
-        assert batch.order_ids[rows].tolist() == list(range(doc.num_tokens))
+        assert batch.order_ids[rows].tolist() == batch.position_ids[rows].tolist() == list(range(doc.num_tokens)), "both begin anew in each document"
         start = 0
         for segment in doc.segments:
             part = rows[start : start + segment.num_tokens]

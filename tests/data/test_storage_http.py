@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import gzip
 import itertools
@@ -34,6 +35,7 @@ NAMES = "/shard-{000..001}.tar"
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("fusiontrain.data.storage.retry.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("fusiontrain.data.storage.retry.LONGEST_WAIT_SECONDS", 0.1)
     write_shards(tmp_path / "shards", shards=2, samples=12)
     with range_server(tmp_path / "shards") as running:
         yield running
@@ -219,6 +221,7 @@ def test_json_lines_behind_http(server, name):
         ("short", "IncompleteRead|ended after"),
         ("reset", "Remote end closed"),
         ("whole", r"whole file \(status 200\) where a range was asked for"),
+        ("gzip", "compresses a range"),
         ("other", r"another range \(bytes 101-150/\d+, 50 bytes\) than bytes 100-149"),
     ],
 )
@@ -284,6 +287,16 @@ def test_a_dead_server_in_the_middle_of_a_training_is_no_bad_sample(server):
     assert loader.skipped == 0
 
 
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_credentials_that_expire_during_a_run_are_said_at_once(server, status):
+    shard = remote(server)[0]
+    server.requests.clear()
+    server.fault = lambda number, path: status
+    with pytest.raises(UserError, match=rf"shard-000\.tar: 9 bytes at offset 5: the server answers with status {status}") as error:
+        open_shard(shard).read(5, 9)
+    assert len(server.requests) == 1 and "tries" not in str(error.value)
+
+
 def test_what_is_not_there_is_not_tried_twice(server):
     with pytest.raises(UserError, match=r"/nothing\.tar: the server answers with status 404") as error:
         expand_shards(f"{server.url}/nothing.tar", settings())
@@ -295,8 +308,20 @@ def test_http_folders_and_unknown_stores_are_refused():
         expand_shards("http://127.0.0.1:1/folder/", settings())
     with pytest.raises(UserError, match="no such kind of store"):
         expand_shards("gopher://x/y.tar", settings())
-    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:1/y\.tar: .*refused.*given up after 1 tries"):
-        expand_shards("http://127.0.0.1:1/y.tar", settings(retries=0))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid"])
+def test_an_address_where_nobody_is_fails_at_once_at_the_start(host, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited for another try"))
+    with pytest.raises(UserError, match=rf"^http://{host}/y\.tar: nobody answers \(.*(refused|resolve).*\); is the address right, and the server up\?$"):
+        expand_shards(f"http://{host}/y.tar", settings(retries=8))
+
+
+def test_a_server_that_is_started_again_during_a_run_is_waited_for(server):
+    shard = remote(server)[0]
+    away = dataclasses.replace(shard, url="http://127.0.0.1:1/shard-000.tar")
+    with pytest.raises(UserError, match=r"9 bytes at offset 5: .*refused.*given up after 3 tries"):
+        open_shard(away).read(5, 9)
 
 
 def test_passwords_and_signatures_are_used_and_never_shown(server, caplog):

@@ -36,6 +36,7 @@ def test_a_path_may_be_a_tar_a_folder_a_glob_or_a_brace_range(tmp_path):
     assert expand_shards(f"{tmp_path}/shard-*.tar") == everything
     assert expand_shards(f"{tmp_path}/shard-{{000..011}}.tar") == everything
     assert expand_shards(f"{tmp_path}/shard-{{003,001}}.tar") == [everything[1], everything[3]]
+    assert expand_shards(f"{tmp_path}/shard-{{000..002,010,008..009}}.tar") == [*everything[:3], *everything[8:11]]
     assert expand_shards(str(everything[5])) == [everything[5]]
     odd = write_shard(tmp_path / "odd" / "name[1].tar", mixed_samples(1))
     assert expand_shards(str(odd)) == [odd]
@@ -45,6 +46,21 @@ def test_a_path_may_be_a_tar_a_folder_a_glob_or_a_brace_range(tmp_path):
 def test_a_path_without_shards_is_refused(tmp_path, path):
     write_shards(tmp_path, shards=1)
     with pytest.raises(UserError, match=r"no such shard|no file there that ends in \.tar"):
+        expand_shards(f"{tmp_path}/{path}")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("shard-{000-015}.tar", r"shard-\{000-015\}\.tar: no such shard"),
+        ("shard-{}.tar", r"shard-\{\}\.tar: no such shard"),
+        ("shard-{000..000,7..8}.tar", r"shard-7\.tar \(of .*shard-\{000\.\.000,7\.\.8\}\.tar\): no such shard"),
+        ("shard-{3..1}.tar", r"^\{3\.\.1\}: the range 3\.\.1 of a source's path runs downwards; write \{1\.\.3\}$"),
+    ],
+)
+def test_braces_that_mean_nothing_are_shown_as_they_were_written(tmp_path, path, said):
+    write_shards(tmp_path, shards=1)
+    with pytest.raises(UserError, match=said):
         expand_shards(f"{tmp_path}/{path}")
 
 

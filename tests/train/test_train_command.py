@@ -67,6 +67,15 @@ def test_train_then_list_and_verify(config_file: Path, capsys: pytest.CaptureFix
     assert "does not match its sha256" in capsys.readouterr().err
 
 
+def test_evaluation_and_samples_can_be_switched_off(config_file: Path, tmp_path: Path) -> None:
+    """Not even after the last step."""
+    off = ["evaluate.every_steps=null", "sample.every_steps=null", "sample.prompts=[a red circle.]", "train.steps=1"]
+    assert main(["train", str(config_file), f"run.dir={tmp_path}", *off]) == 0
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert not [key for key in line if key.startswith("validation/")]
+    assert not (tmp_path / "samples").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -144,8 +144,10 @@ class _Converter:
         """Leave nothing open; a shard that was not finished goes."""
         self.pictures.close()
         if self._writer is not None:
-            self._writer.close()
-            self._partial.unlink()
+            try:
+                self._writer.close()
+            finally:  # also where the disk is full
+                self._partial.unlink()
 
     def _members(self, number: int, record: Record) -> dict[str, bytes] | None:
         """The members of a native interleaved document; None where nothing is left of it."""

@@ -42,6 +42,8 @@ def build_index(shard: Shard, kind: str, latents: Latents) -> ShardIndex:
                 builder.bad.append((number, sample.key, f"{error} (at offset {offset})"))
     if builder.bad:
         logger.warning("%s: %d unusable samples, the first is %s: %s", shard, len(builder.bad), *builder.bad[0][1:])
+    elif not builder.samples:
+        logger.warning("%s: holds no sample", shard)
     return builder.finish()
 
 

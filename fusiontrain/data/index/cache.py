@@ -8,6 +8,7 @@ there is right, and a shard that changes gets a new one. Files appear whole unde
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.storage.shard import Shard, state
 from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_at
 from fusiontrain.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 INDEX, TOKENS = "index", "tokens"
 TABLES = ("suffixes", "bad")  # what of an index is not an array
@@ -114,9 +117,16 @@ def measure_shards(
             progress(done, len(missing))
     finally:  # what was measured before an interrupt need not be looked for again
         for (folder, measure), rows in new.items():
-            add_to_manifest(folder / measure.manifest, measure, rows)
+            _add_to_manifest(folder / measure.manifest, measure, rows)
     indexes, *tokens = found
     return MeasuredShards(folders, tuple(shards), _files(indexes, parse_index), _files(tokens[0], parse_tokens) if tokens else None)
+
+
+def _add_to_manifest(path: Path, measure: Measure, rows: list) -> None:
+    try:
+        add_to_manifest(path, measure, rows)
+    except OSError as error:  # a full disk: what is missing there is found by the names of the files
+        logger.warning("%s: cannot be written (%s), so every start will open the files of all its shards", path, error.strerror or error)
 
 
 def stat_of(shard: Shard) -> Stat:

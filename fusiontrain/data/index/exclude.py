@@ -42,7 +42,7 @@ def exclude(shards: Sequence[Shard], exclusions: dict[str, set[str]], index_dir:
     """Add keys to what those shards have excluded; the number of samples that are excluded of them now. Raises UserError for other shards."""
     unknown = exclusions.keys() - {common_name(shard) for shard in shards}
     if unknown:
-        raise UserError(f"{min(unknown)}: samples of it are to be excluded, but it is not among the shards given; name it too")
+        raise UserError(f"{min(unknown)}: samples of it are to be excluded, but it is none of those given; name it too (a relative path is meant from here)")
     total = 0
     for parent in {shard.parent for shard in shards}:
         before = excluded_keys(parent, index_dir)

@@ -32,7 +32,8 @@ def report(plan: Plan, config: Config, steps: int, world_size: int) -> dict[str,
                 _count(sequence, plan, documents, tokens)
     room = steps * plan.sequences_per_step * config.data.sequence_length
     text, image = (sum(count for key, count in tokens.items() if key.startswith(f"{name} ")) for name in (TEXT.name, IMAGE.name))
-    oversize = {"truncated": plan.truncated, "split": plan.split, "dropped": plan.dropped, "of a size that patches do not divide": plan.unfit}
+    # These are counted where windows are packed, which reach beyond the last of the steps.
+    unusual = {"cut short": plan.truncated, "split": plan.split, "dropped as too long": plan.dropped, "dropped, patches do not divide them": plan.unfit}
     return {
         "samples": sum(len(source) for source in plan.sources),
         "steps": steps,
@@ -41,7 +42,7 @@ def report(plan: Plan, config: Config, steps: int, world_size: int) -> dict[str,
         "text tokens": text,
         "image tokens": image,
         "fill": f"{(text + image) / room:.4f}",
-        **{f"{reason} documents": count for reason, count in oversize.items()},
+        **{f"samples {what} (in whole windows)": count for what, count in unusual.items()},
         **{f"balance of {name} over {world_size} ranks": f"worst {max(values):.4f}, mean {sum(values) / len(values):.4f}" for name, values in ratios.items()},
         f"of {world_size} ranks read a chunk": f"{reads.ranks_per_chunk():.2f}",
         **({"bytes of chunks that a rank holds": reads.most_bytes()} if config.data.io_mode == "lanes" else {}),

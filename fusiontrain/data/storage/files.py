@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fusiontrain.data.storage import http, objects
-from fusiontrain.data.storage.retry import FinalError, retried
+from fusiontrain.data.storage.retry import CHANGED, FinalError, retried
 from fusiontrain.data.storage.shard import RemoteShard
 
 READ_AHEAD_BLOCK = {False: 1 << 18, True: 8 << 20}
@@ -71,13 +71,10 @@ class RemoteFile:
     def _read(self, offset: int, size: int) -> bytes:
         shard, timeout = self.shard, self.shard.settings.timeout_seconds
         if not is_http(shard.url):
-            return objects.read_range(shard.url, offset, size, timeout)
+            return objects.read_range(shard.url, offset, size, timeout, shard.tag)
         data, total, tag = http.read_range(shard.url, offset, size, timeout)
         if total not in (None, shard.size) or (tag and shard.tag and tag != shard.tag):
-            raise FinalError(
-                f"the shard has changed since the run began (from {shard.size} bytes, tag {shard.tag}, to {total} bytes, tag {tag}); "
-                "start again, which indexes it anew"
-            )
+            raise FinalError(f"{CHANGED} (from {shard.size} bytes, tag {shard.tag}, to {total} bytes, tag {tag})")
         return data
 
 

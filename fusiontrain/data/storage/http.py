@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import urllib3
 
-from fusiontrain.data.storage.retry import FinalError, TransientError
+from fusiontrain.data.storage.retry import FinalError, TransientError, Unreachable
 from fusiontrain.data.storage.shard import scrubbed
 
 MAY_PASS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -43,7 +43,9 @@ def read_range(url: str, first: int, size: int, timeout: float) -> Part:
             response.close()
             raise
     except urllib3.exceptions.HTTPError as error:
-        raise TransientError(scrubbed(getattr(error, "reason", None) or error)) from error
+        cause = getattr(error, "reason", None) or error
+        kind = Unreachable if isinstance(cause, urllib3.exceptions.NewConnectionError) else TransientError
+        raise kind(scrubbed(cause)) from error
     return Part(data, total, (response.headers.get("ETag") or response.headers.get("Last-Modified") or "").removeprefix("W/"))
 
 
