@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from fusiontrain.modality import IMAGE, MODALITY_NAMES, TEXT
 from fusiontrain.models.cache import KVCache
@@ -97,8 +96,7 @@ class FusionModel(nn.Module):
         if self.image is not None:
             image_rows, images = self._embed_images(batch.payloads[IMAGE.name])
             x = torch.cat([x, image_rows.to(x.dtype)])
-        operator = _attend_outside_graphs if self.kernels.attention == "chunked" else masked_routing_attention
-        attend = partial(operator, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention)
+        attend = partial(masked_routing_attention, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention)
         layout = self._layout(batch.modality_bounds, batch.modality_offsets, batch.position_ids, x.dtype)
         return self._run_blocks(x, layout, [attend] * len(self.blocks)), images
 
@@ -195,13 +193,6 @@ class FusionModel(nn.Module):
         if name.startswith("text."):
             return self.recipe.freezes_text
         return bool(self.recipe.frozen_groups & set(name.split(".")[:-1])) and not name.startswith("image.")
-
-
-@_disable_dynamo
-def _attend_outside_graphs(*args: Any, **options: Any) -> torch.Tensor:
-    """For an implementation that cuts its work by numbers it reads from the batch: a compiled block calls it between two graphs, which any
-    batch can use, where with it inside every new cut would be a compilation."""
-    return masked_routing_attention(*args, **options)
 
 
 def _rows(batch: Batch, modality: int) -> slice:
