@@ -15,7 +15,7 @@ from fusiontrain.data.index.cache import prepare_sources
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import load_tokenizer
-from fusiontrain.models.build import build_model
+from fusiontrain.models.build import declare_model, first_weights
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
 from fusiontrain.parallel.reduce import at_length, barrier, gather_objects, on_main
@@ -70,11 +70,12 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     validation_loader = None
     if config.data.validation_sources:
         validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size, loader.workers if isinstance(loader, Loader) else None)
-    model = build_model(config, ranks.device)
+    model = declare_model(config, ranks.device)
     if ranks.is_main:
         logger.info("%s", model.kernels.origin)
     embeddings = embedding_names(model)
-    parameters = parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device)
+    mesh = build_mesh(config.parallel, ranks)
+    parameters = parallelize(model, model.plan(), config.parallel, mesh, ranks.device, first_weights(config, model))
     optimizer = build_optimizer(parameters, embeddings, config.optimizer)
     # Frozen weights that came from a folder are named by their hash instead of being stored again and again.
     weights = model_tensors(model, parameters, include_frozen=config.model.base is None)
