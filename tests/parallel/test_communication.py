@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from fusiontrain.config.schema import Config
 from fusiontrain.models.build import build_model, declare_model, first_weights
