@@ -31,7 +31,8 @@ def spread(config: Config):
 
 
 @pytest.mark.parametrize(
-    ("replicate", "shard", "world_size", "shape"), [(1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (2, 4, 8, (2, 4)), (-1, 1, 8, (8, 1)), (-1, 4, 8, (2, 4)), (1, 1, 1, (1, 1))]
+    ("replicate", "shard", "world_size", "shape"),
+    [(1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (2, 4, 8, (2, 4)), (-1, 1, 8, (8, 1)), (-1, 4, 8, (2, 4)), (1, 1, 1, (1, 1))],
 )
 def test_mesh_shape(replicate: int, shard: int, world_size: int, shape: tuple[int, int]) -> None:
     assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard), world_size) == shape
