@@ -172,6 +172,9 @@ class ParallelConfig(Section):
     dp_shard: int = Field(-1, description="-1: all remaining ranks")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; parameters and reductions are float32")
     activation_checkpointing: Literal["none", "full"] = "none"
+    frozen_prefix: bool = Field(
+        True, description="with frozen text: text that no image of its document comes before runs forward only; false: like all text, for comparison"
+    )
     compile: bool = False
     timeout_seconds: int = Field(300, ge=1, description="a collective that takes longer ends the run")
 
