@@ -93,8 +93,7 @@ class FusionModel(nn.Module):
         term = self._next_token(hidden[: num_text - num_prefix], batch, slice(num_prefix, num_text), num_labels)
         if not fixed_labels:
             return term
-        with torch.no_grad():  # a number to log, the same for every image side
-            fixed = self._next_token(prefix, batch, slice(0, num_prefix), fixed_labels)
+        fixed = self._next_token(prefix, batch, slice(0, num_prefix), fixed_labels)  # a number to log: no operand has a gradient
         return LossTerm(term.sum + fixed.sum, term.count + fixed.count)
 
     def _next_token(self, hidden: torch.Tensor, batch: Batch, rows: slice, num_labels: int) -> LossTerm:
