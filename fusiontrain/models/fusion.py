@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from fusiontrain.modality import IMAGE, MODALITY_NAMES, TEXT
 from fusiontrain.models.cache import KVCache
@@ -117,25 +116,23 @@ class FusionModel(nn.Module):
         if self.image is not None:
             image_rows, images = self._embed_images(batch.payloads[IMAGE.name])
             x = torch.cat([x, image_rows.to(x.dtype)])
-        operator = _attend_outside_graphs if self.kernels.attention == "chunked" else masked_routing_attention
         if not num_prefix:
-            attend: Attend = partial(operator, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention)
+            attend = partial(masked_routing_attention, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention)
             layout = self._layout(batch.modality_bounds, batch.modality_offsets, batch.position_ids, x.dtype)
             return prefix_rows, self._run_blocks(x, layout, [attend] * len(self.blocks)), images
-        cut = borders(batch)
-        prefix = Prefix(
-            prefix_rows,
-            self._layout(cut.prefix_bounds, cut.prefix_offsets, batch.position_ids[:num_prefix], x.dtype),
-            attend_inside(operator, batch, impl=self.kernels.attention),
-        )
-        layout = self._layout(cut.bounds, cut.offsets, batch.position_ids[num_prefix:], x.dtype)
-        attend = attend_behind(operator, batch, impl=self.kernels.attention)
+        return *self._run_blocks_behind(prefix_rows, x, batch), images
+
+    def _run_blocks_behind(self, prefix_rows: torch.Tensor, x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frozen prefix and the rows behind it, block by block and each to the end."""
+        cut, count, impl = borders(batch), len(prefix_rows), self.kernels.attention
+        prefix_layout = self._layout(cut.prefix_bounds, cut.prefix_offsets, batch.position_ids[:count], x.dtype)
+        layout = self._layout(cut.bounds, cut.offsets, batch.position_ids[count:], x.dtype)
+        inside, attend = attend_inside(batch, impl), attend_behind(batch, impl)
         for block in self.blocks:
-            x, rows = block(x, layout, attend, prefix)
-            prefix = prefix._replace(rows=rows)
+            x, prefix_rows = block(x, layout, attend, Prefix(prefix_rows, prefix_layout, inside))
         with torch.no_grad():
-            prefix_rows = self.final_norm(prefix.rows, prefix.layout)
-        return prefix_rows, self.final_norm(x, layout), images
+            prefix_rows = self.final_norm(prefix_rows, prefix_layout)
+        return prefix_rows, self.final_norm(x, layout)
 
     def _layout(self, bounds: tuple[int, ...], offsets: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype) -> Layout:
         groupings = (self.recipe.attention, self.recipe.feed_forward, self.recipe.final_norm)
@@ -230,13 +227,6 @@ class FusionModel(nn.Module):
         if name.startswith("text."):
             return self.recipe.freezes_text
         return bool(self.recipe.frozen_groups & set(name.split(".")[:-1])) and not name.startswith("image.")
-
-
-@_disable_dynamo
-def _attend_outside_graphs(*args: Any, **options: Any) -> torch.Tensor:
-    """For an implementation that cuts its work by numbers it reads from the batch: a compiled block calls it between two graphs, which any
-    batch can use, where with it inside every new cut would be a compilation."""
-    return masked_routing_attention(*args, **options)
 
 
 def _rows(batch: Batch, modality: int) -> slice:

@@ -13,7 +13,7 @@ from fusiontrain.testing.documents import batch_of, document
 from fusiontrain.testing.models import write_tiny_llama
 
 NO_SHAPE = dict.fromkeys(("model.vocab_size", "model.dim", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_dim"))
-MATRIX_PRODUCTS = ("mm", "addmm", "convolution", "convolution_backward", "linear_cross_entropy")
+MATRIX_PRODUCTS = ("mm", "addmm", "segments_gemm", "segments_gemm_backward", "convolution", "convolution_backward", "linear_cross_entropy")
 
 
 def full_batch(config):

@@ -10,6 +10,7 @@ import torch
 from fusiontrain.models.layers.attention import Attend
 from fusiontrain.models.layers.layout import Layout
 from fusiontrain.types import Batch
+from fusiontrain_kernels.masked_routing_attention import masked_routing_attention
 
 
 class Prefix(NamedTuple):
@@ -40,26 +41,27 @@ def borders(batch: Batch) -> Borders:
     )
 
 
-def attend_inside(operator: Attend, batch: Batch, **options: Any) -> Attend:
+def attend_inside(batch: Batch, impl: str) -> Attend:
     """How the rows of the prefix attend: they see one another alone, and the first slice is theirs."""
     count = batch.num_prefix_rows
     ranges = {name: getattr(batch, name)[:count, :1].contiguous() for name in ("key_ranges", "query_ranges")}
-    return partial(operator, **ranges, **options)
+    return partial(masked_routing_attention, **ranges, impl=impl)
 
 
-def attend_behind(operator: Attend, batch: Batch, **options: Any) -> Attend:
+def attend_behind(batch: Batch, impl: str) -> Attend:
     """How the other rows attend, to the prefix and to themselves."""
     key_ranges, query_ranges = batch.key_ranges.clone(), batch.query_ranges.clone()
     key_ranges[: batch.num_prefix_rows] = 0
     query_ranges[:, 0] = 0  # the first slice asks for nothing
     live = torch.stack([batch.slice_offsets[1], batch.slice_offsets[-1]])[None]  # [1, 2]
-    return partial(_attend_behind, partial(operator, key_ranges=key_ranges, query_ranges=query_ranges, grad_rows=live, **options))
+    return partial(_attend_behind, key_ranges=key_ranges, query_ranges=query_ranges, grad_rows=live, impl=impl)
 
 
 def _attend_behind(
-    attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor, **options: Any
 ) -> torch.Tensor:
     """The operator wants as many queries as keys: those of the prefix are blank and see nothing, which costs no product."""
     count = len(prefix_k)
-    out = attend(torch.cat([q.new_zeros(count, *q.shape[1:]), q]), torch.cat([prefix_k, k]), torch.cat([prefix_v, v]))
+    blank = q.new_zeros(count, *q.shape[1:])
+    out = masked_routing_attention(torch.cat([blank, q]), torch.cat([prefix_k, k]), torch.cat([prefix_v, v]), **options)
     return out[count:]
