@@ -44,8 +44,8 @@ class Built:
 class Builder:
     """Carries out plans of `sources`."""
 
-    def __init__(self, sources: Sequence[IndexedSource], data: DataConfig, tokenizer: Tokenizer) -> None:
-        self.sources, self.data, self.tokenizer = sources, data, tokenizer
+    def __init__(self, sources: Sequence[IndexedSource], data: DataConfig, tokenizer: Tokenizer, frozen_prefix: bool = False) -> None:
+        self.sources, self.data, self.tokenizer, self.frozen_prefix = sources, data, tokenizer, frozen_prefix
         self.shards = OpenShards()
         caches = data.num_workers if data.executor == "processes" else 1  # each process has its own
         self.chunks = Chunks(sources, data.chunk_cache_bytes // max(1, caches)) if data.io_mode == "lanes" else None
@@ -54,7 +54,7 @@ class Builder:
         """One micro-batch, its arrays in memory from `allocate`. Raises UserError where a shard cannot be opened any more."""
         verdicts: list[BadDocument | None] = []
         packed = [self.read(sequence, verdicts) for sequence in sequences]
-        return Built(batch_arrays(packed, self.data, allocate), tuple(verdicts))
+        return Built(batch_arrays(packed, self.data, allocate, self.frozen_prefix), tuple(verdicts))
 
     def read(self, sequence: PlannedSequence, verdicts: list[BadDocument | None]) -> PackedSequence:
         """The documents of a sequence that are sound; adds a verdict on each that was planned."""
