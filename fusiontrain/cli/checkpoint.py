@@ -1,4 +1,4 @@
-"""`fusiontrain checkpoint list|verify`: what a run has saved, and whether it is still what was written."""
+"""`fusiontrain checkpoint list|verify|prune`: what a run has saved, whether it is still what was written, and what of it may go."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from fusiontrain.cli.common import add_json_argument, print_json, print_table
 
 def add_parser(subparsers: Any) -> None:
     """Adds `checkpoint` to the program's subparsers."""
-    actions = subparsers.add_parser("checkpoint", help="list or verify checkpoints").add_subparsers(
+    actions = subparsers.add_parser("checkpoint", help="list, verify or prune checkpoints").add_subparsers(
         dest="action", metavar="ACTION", required=True
     )
     listing = actions.add_parser("list", help="the complete checkpoints of a run")
     verify = actions.add_parser("verify", help="compare every file with its checksum; exit 2 if one differs")
-    for parser in (listing, verify):
+    prune = actions.add_parser("prune", help="delete checkpoints that the run's config would not keep")
+    prune.add_argument("--keep-last", type=int, metavar="N", help="instead of checkpoint.keep_last")
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="instead of checkpoint.keep_every")
+    prune.add_argument("--keep-best", metavar="KEY", help="instead of checkpoint.keep_best, e.g. validation/image")
+    prune.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
+    for parser in (listing, verify, prune):
         parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run folder, its checkpoints folder, or one checkpoint")
         add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; UserError where there is no checkpoint or one is damaged."""
-    from fusiontrain.train.checkpoint import read_manifest, verify_checkpoint
+    from fusiontrain.train.checkpoint import foreign_files, read_manifest, verify_checkpoint
     from fusiontrain.utils.errors import UserError
 
     checkpoints = find_checkpoints(Path(args.path))
@@ -35,13 +40,36 @@ def run(args: argparse.Namespace) -> int:
             table = [[row["path"], row["step"], row["world_size"], row["mib"]] for row in rows]
             print_table([["checkpoint", "step", "ranks", "MiB"], *table])
         return 0
-    problems = [problem for path in checkpoints for problem in verify_checkpoint(path)]
+    if args.action == "prune":
+        return _prune(args, checkpoints)
+    problems = [problem for path in checkpoints for problem in (*verify_checkpoint(path), *foreign_files(path))]
     if problems:
         raise UserError("\n".join(problems))
     if args.json:
         print_json({"checkpoints": [str(path) for path in checkpoints], "ok": True})
     else:
         print_table([[str(path), "ok"] for path in checkpoints])
+    return 0
+
+
+def _prune(args: argparse.Namespace, checkpoints: list[Path]) -> int:
+    from dataclasses import replace
+
+    from fusiontrain.config.load import load
+    from fusiontrain.train.checkpoint import CONFIG, prune
+    from fusiontrain.train.retention import Retention
+    from fusiontrain.utils.errors import UserError
+
+    asked = {"last": args.keep_last, "every": args.keep_every, "best": args.keep_best}
+    if any(number is not None and number < 1 for number in (args.keep_last, args.keep_every)):
+        raise UserError("--keep-last and --keep-every: must be at least 1")
+    keep = Retention.of(load(checkpoints[-1] / CONFIG).checkpoint)
+    keep = replace(keep, **{name: value for name, value in asked.items() if value is not None})
+    gone = [str(path) for path in prune(checkpoints[-1].parent, keep, dry_run=args.dry_run)]
+    if args.json:
+        print_json({"deleted": gone, "dry_run": args.dry_run})
+    else:
+        print_table([[path, "would be deleted" if args.dry_run else "deleted"] for path in gone] or [["nothing to delete"]])
     return 0
 
 

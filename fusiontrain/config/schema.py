@@ -170,6 +170,11 @@ class TrainConfig(Section):
     log_every_steps: int = Field(10, ge=1, description="how often a line is printed and TensorBoard written; metrics.jsonl has every step")
     threads: int | None = Field(None, ge=1, description="CPU threads per process; default: cores / local processes")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="keep a moving average of the weights that train, such as 0.9999; null for none")
+    max_skipped_in_a_row: int = Field(5, ge=1, description="so many steps without an update, for a loss that is not finite or a spike, end the run")
+    spike: Literal["log", "skip", "stop"] = Field("log", description="what to do with a step whose loss or gradient norm stands out")
+    spike_sigmas: float = Field(6.0, gt=0, description="standard deviations above the mean of the window that count as a spike")
+    spike_window: int = Field(128, ge=16, description="steps that a spike is compared with")
+    skip_steps: tuple[tuple[int, int], ...] = Field((), description="[[first, last], ...]: steps (as in metrics.jsonl) whose data are passed over")
 
 
 class ParallelConfig(Section):
@@ -221,6 +226,8 @@ class KernelsConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1)
+    keep_every: int | None = Field(None, ge=1, description="also keep, for good, checkpoints whose step this divides")
+    keep_best: str | None = Field(None, description="also keep the one with the lowest value of this key of metrics.jsonl, e.g. validation/image")
     resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; none; or a checkpoint folder")
     accept_data_change: bool = Field(False, description="resume on other data than the checkpoint's; see data.from_step for where they begin")
 

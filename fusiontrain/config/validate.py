@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _mesh, _batch, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _mesh, _batch, _train, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -212,6 +212,15 @@ def _batch(config: Config) -> Iterator[Problem]:
         if number > 1
     ]
     yield Problem("train.global_batch_sequences", f"{batch} is no multiple of {' x '.join(parts)}")
+
+
+def _train(config: Config) -> Iterator[Problem]:
+    ranges = config.train.skip_steps
+    if any(first < 1 or last < first for first, last in ranges):
+        yield Problem("train.skip_steps", f"{[list(pair) for pair in ranges]}: expected [[first, last], ...] with 1 <= first <= last, as in metrics.jsonl")
+    best = config.checkpoint.keep_best
+    if best is not None and not (best.startswith("validation/") and config.data.validation_sources):
+        yield Problem("checkpoint.keep_best", f"{best!r}: expected validation/text or validation/image, and data.validation_sources to measure it on")
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:

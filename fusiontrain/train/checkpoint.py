@@ -31,6 +31,7 @@ import fusiontrain
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import barrier, gather_objects
 from fusiontrain.train.identity import sha256_of
+from fusiontrain.train.retention import Retention, superfluous
 from fusiontrain.train.state import TrainState
 from fusiontrain.utils.errors import UserError
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
@@ -88,12 +89,13 @@ def save_checkpoint(
     model: Mapping[str, Any],
     config_text: str,
     ranks: Ranks,
-    keep_last: int,
+    keep: Retention,
+    metrics: Mapping[str, float],
 ) -> Path:
-    """Write `state` and `tensors` of all ranks as one checkpoint, then delete all but the newest `keep_last`.
+    """Write `state` and `tensors` of all ranks as one checkpoint, then delete those that `keep` has no reason for.
 
-    model: from `model_identity`. All ranks call this together. Returns the checkpoint's folder. Raises UserError where the tensors cannot be
-    written, such as on a full disk; the checkpoints before it stay as they are.
+    model: from `model_identity`. metrics: what is known of the step, for the choice of the best. All ranks call this together. Returns the
+    checkpoint's folder. Raises UserError where the tensors cannot be written, such as on a full disk; the checkpoints before it stay as they are.
     """
     final = step_folder(checkpoints, state.step)
     partial = final.with_name(final.name + ".tmp")
@@ -107,9 +109,10 @@ def save_checkpoint(
     gathered = gather_objects(_describe_files(partial, ranks))
     if ranks.is_main:
         files = {name: entry for part in gathered for name, entry in part.items()}
-        _write_manifest(partial, {"files": files, "model": model, "state": state.to_dict(), "world_size": ranks.world_size})
+        facts = {"model": model, "metrics": metrics, "state": state.to_dict(), "world_size": ranks.world_size}
+        _write_manifest(partial, {"files": files, **facts})
         _publish(partial, final)
-        _retain(checkpoints, keep_last)
+        prune(checkpoints, keep)
     barrier()
     logger.info("saved %s", final)
     return final
@@ -175,6 +178,12 @@ def verify_checkpoint(checkpoint: Path, part: int = 0, parts: int = 1) -> list[s
         elif sha256_of(path) != entry["sha256"]:
             problems.append(f"{path}: does not match its sha256")
     return problems
+
+
+def foreign_files(checkpoint: Path) -> list[str]:
+    """A sentence for every file in the folder that the manifest does not name. They do no harm to a resume, but nobody wrote them there."""
+    known = {MANIFEST, *read_manifest(checkpoint)["files"]}
+    return [f"{path}: does not belong to the checkpoint" for path in sorted(checkpoint.iterdir()) if path.name not in known]
 
 
 def set_aside_newer(checkpoints: Path, step: int) -> list[Path]:
@@ -248,9 +257,22 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _retain(checkpoints: Path, keep_last: int) -> None:
-    """Delete old checkpoints and what unfinished saves left behind. A folder loses its name first, so it is never half there."""
-    for path in list_checkpoints(checkpoints)[:-keep_last]:
+def prune(checkpoints: Path, keep: Retention, dry_run: bool = False) -> list[Path]:
+    """Delete the checkpoints that `keep` has no reason for and what unfinished saves left behind; returns the former. A folder loses its name
+    first, so it is never half there."""
+    numbered = [(checkpoint_step(path), path) for path in list_checkpoints(checkpoints)]
+    gone = superfluous(numbered, keep, _metrics_of)
+    if dry_run:
+        return gone
+    for path in gone:
         path.rename(path.with_name(path.name + ".tmp"))
     for path in checkpoints.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    return gone
+
+
+def _metrics_of(checkpoint: Path) -> Mapping[str, float]:
+    try:
+        return read_manifest(checkpoint)["metrics"]
+    except UserError:  # damaged: no reason to keep it, and none to end the run
+        return {}

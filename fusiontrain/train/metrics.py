@@ -22,6 +22,7 @@ from fusiontrain.utils.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
+BAD_STEPS_FILE = "bad_steps.jsonl"
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -63,6 +64,7 @@ class MetricsWriter:
         truncate_metrics(bad_samples, step)
         self._reasons = Counter(line["reason"] for line in read_metrics(bad_samples)) if bad_samples.exists() else Counter()
         self._bad_samples = bad_samples.open("a", encoding="utf-8")
+        truncate_metrics(folder / BAD_STEPS_FILE, step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -77,6 +79,11 @@ class MetricsWriter:
         self._bad_samples.flush()
         self._reasons.update(finding["reason"] for finding in findings)
         return {f"skipped/{reason}": self._reasons[reason] for reason in REASONS}
+
+    def bad_step(self, values: Mapping[str, Any]) -> None:
+        """List a step that was not as usual, with where its documents came from, in bad_steps.jsonl."""
+        with (self.folder / BAD_STEPS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
 
     def board(self, values: Mapping[str, Any]) -> None:
         """Show a step's values in TensorBoard."""

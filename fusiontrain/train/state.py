@@ -18,16 +18,17 @@ class TrainState:
     """Host numbers after `step` optimizer steps.
 
     data: the data loader's own state, as plain values. tokens: trained on so far, by modality, all ranks.
-    skipped_steps: steps whose loss or gradient was not finite; nonfinite_in_a_row: how many of them just now, one after another.
-    skipped_samples: unreadable samples so far, all ranks.
+    skipped_steps: steps that made no update (not finite, or a spike); skipped_in_a_row: how many of them just now, one after another.
+    skipped_samples: unreadable samples so far, all ranks. history: the last losses and gradient norms, see `bad_steps.py`.
     """
 
     step: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     skipped_steps: int = 0
-    nonfinite_in_a_row: int = 0
+    skipped_in_a_row: int = 0
     skipped_samples: int = 0
+    history: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +86,9 @@ def train_step(
     clip_norm: float,
     world_size: int,
     device: torch.device,
+    accept: Callable[[StepResult], bool] = lambda result: result.finite,
 ) -> StepResult:
-    """Forward, backward, clip, and an optimizer step unless the loss or the gradient norm is not finite (then nothing changes).
+    """Forward, backward, clip, and an optimizer step if `accept` says so of the result (else nothing changes).
 
     All ranks see the same loss and norm, so all take the same decision. The host waits for the device once, to read them.
     """
@@ -101,7 +102,7 @@ def train_step(
     }
     loss = sum(weights[name] * losses[name] for name in MODALITY_NAMES if counts.targets[name])
     result = StepResult(loss, losses, grad_norm)
-    if result.finite:
+    if accept(result):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return result

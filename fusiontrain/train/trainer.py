@@ -22,14 +22,17 @@ from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.modality import MODALITY_NAMES
 from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_bytes, gather_floats
+from fusiontrain.train.bad_steps import Action, Verdict, is_passed_over, judge, remember
 from fusiontrain.train.checkpoint import Tensors, save_checkpoint
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
-from fusiontrain.train.metrics import MetricsWriter, memory_gib, peak_flops
+from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib, peak_flops
 from fusiontrain.train.optim import set_learning_rate
+from fusiontrain.train.retention import Retention
 from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import StopRequest
 from fusiontrain.train.state import TrainState
@@ -38,11 +41,13 @@ from fusiontrain.types import Batch
 
 logger = logging.getLogger(__name__)
 
-MAX_NONFINITE_STEPS = 5
-
 
 class TrainingDiverged(RuntimeError):
-    """Several steps in a row had a loss or gradient that is not finite."""
+    """Steps without an update came one after another, or one that `train.spike: stop` ends the run for."""
+
+NOTHING_COUNTED = StepCounts(dict.fromkeys(MODALITY_NAMES, 0), dict.fromkeys(MODALITY_NAMES, 0))
+NOTHING_COMPUTED = StepResult(math.nan, dict.fromkeys(MODALITY_NAMES, math.nan), math.nan)
+"""What a step reports whose data are passed over."""
 
 
 class Reporter(Protocol):
@@ -107,17 +112,22 @@ class Trainer:
             micro_batches, data_state = next(batches)
             waited = time.perf_counter() - started
             rate = learning_rate(self.state.step + 1, config.optimizer, config.train.steps)
-            counts, result = self._step(micro_batches, rate)
+            counts, result, verdict = self._step(micro_batches, rate)
             totals = self._gather_totals(waited, time.perf_counter() - started)
-            self.state = next_state(self.state, data_state.to_dict(), counts, result, skipped_before + totals.skipped_samples)
+            history = remember(self.state.history, result, config.train.spike_window)
+            self.state = next_state(self.state, data_state.to_dict(), counts, verdict, history, skipped_before + totals.skipped_samples)
+            if verdict.reason:
+                self._report_bad_step(verdict, result, micro_batches)
             stopping = totals.stop_requested  # whoever asked may not wait long: then save, and neither evaluate nor paint
             values = self._values(counts, result, totals, rate)
-            self._publish(values if stopping else values | self._evaluate())
+            if not stopping:
+                values |= self._evaluate()
+            self._publish(values)
             if not stopping:
                 self._paint()
             if stopping or self._due(config.checkpoint.every_steps) or self._is_last():
-                self._save()
-            self._require_progress(result)
+                self._save(values)
+            self._require_progress()
         return not stopping
 
     def close(self) -> None:
@@ -128,15 +138,39 @@ class Trainer:
         if self.writer is not None:
             self.writer.close()
 
-    def _step(self, micro_batches: Sequence[Batch], rate: float) -> tuple[StepCounts, StepResult]:
-        """One optimizer step, and what it counted over all ranks."""
+    def _step(self, micro_batches: Sequence[Batch], rate: float) -> tuple[StepCounts, StepResult, Verdict]:
+        """One optimizer step: what it counted over all ranks, what came of it, and whether it changed the weights."""
         config, device = self.config, self.ranks.device
+        if is_passed_over(self.state.step + 1, config.train.skip_steps):
+            return NOTHING_COUNTED, NOTHING_COMPUTED, Verdict(Action.PASS, "skip_steps", "train.skip_steps names it: its data are passed over")
         flops = sum(sum(count_flops(self.model, batch).values()) for batch in micro_batches)
         counts = global_counts(micro_batches, flops)
         set_learning_rate(self.optimizer, rate)
         weights = {"text": config.objective.text_weight, "image": config.objective.image_weight}
         clip, world = config.optimizer.clip_norm, self.ranks.world_size
-        return counts, train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device)
+        verdicts: list[Verdict] = []
+
+        def accept(result: StepResult) -> bool:
+            verdicts.append(judge(result, self.state.history, config.train))
+            return verdicts[-1].action is Action.UPDATE
+
+        result = train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device, accept)
+        return counts, result, verdicts[-1]
+
+    def _report_bad_step(self, verdict: Verdict, result: StepResult, micro_batches: Sequence[Batch]) -> None:
+        """Say what happened, and list where the step's documents came from. Raises TrainingDiverged where the run is to stop for it."""
+        step = self.state.step
+        self.reporter.event(f"step {step}: {verdict.words}")
+        rows = [dataclasses.asdict(source) for batch in micro_batches for source in batch.sources]
+        sources = [row | {"rank": rank} for rank, part in enumerate(gather_bytes(json.dumps(rows).encode())) for row in json.loads(part)]
+        if self.writer is not None:
+            what = {"reason": verdict.reason, "action": verdict.action.value, "loss": result.loss, "grad_norm": result.grad_norm}
+            self.writer.bad_step({"step": step, **what, "sources": sources})
+        if verdict.action is Action.STOP:
+            raise TrainingDiverged(
+                f"step {step}: {verdict.words}; {BAD_STEPS_FILE} in the run folder lists its documents: look at them with `fusiontrain data peek`, then "
+                "resume with train.skip_steps, data.from_step or train.spike=skip"
+            )
 
     def _gather_totals(self, data_seconds: float, step_seconds: float) -> StepTotals:
         """One small all-gather, which is also where all ranks agree to stop after the same step."""
@@ -171,11 +205,9 @@ class Trainer:
 
     def _publish(self, values: dict[str, Any]) -> None:
         due = self._due(self.config.train.log_every_steps) or self.state.step == 1
-        if due or self.state.nonfinite_in_a_row:
+        if due or self.state.skipped_in_a_row:
             logger.info("step %d: loss %.5f, gradient norm %.4f", values["step"], values["loss"], values["grad_norm"])
-        if self.state.nonfinite_in_a_row:
-            self.reporter.event(f"step {values['step']}: loss {values['loss']}, gradient norm {values['grad_norm']}: no update")
-        elif due and values["grad_norm"] == 0:
+        if due and values["grad_norm"] == 0:
             why = "these data hold no target for a weight that trains (text alone, and a frozen text side?)"
             self.reporter.event(f"step {values['step']}: every gradient is zero: {why}")
         findings = self._gather_findings()
@@ -213,11 +245,12 @@ class Trainer:
             path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
             self.reporter.event(f"step {self.state.step}: samples in {path}")
 
-    def _save(self) -> None:
+    def _save(self, values: Mapping[str, Any]) -> None:
         self._require_finite_weights()
         folder = Path(self.config.run.dir) / "checkpoints"
-        keep_last, text = self.config.checkpoint.keep_last, to_yaml(self.config)
-        path = save_checkpoint(folder, self.state, self.tensors, self.identity, text, self.ranks, keep_last)
+        keep, text = Retention.of(self.config.checkpoint), to_yaml(self.config)
+        metrics = {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+        path = save_checkpoint(folder, self.state, self.tensors, self.identity, text, self.ranks, keep, metrics)
         self.reporter.event(f"step {self.state.step}: saved {path}")
 
     def _require_finite_weights(self) -> None:
@@ -230,11 +263,11 @@ class Trainer:
                 "last checkpoint"
             )
 
-    def _require_progress(self, result: StepResult) -> None:
-        if self.state.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+    def _require_progress(self) -> None:
+        if self.state.skipped_in_a_row >= self.config.train.max_skipped_in_a_row:
             raise TrainingDiverged(
-                f"step {self.state.step}: loss {result.loss} and gradient norm {result.grad_norm} were not finite for "
-                f"{self.state.nonfinite_in_a_row} steps in a row: lower optimizer.learning_rate or optimizer.clip_norm and resume"
+                f"step {self.state.step}: {self.state.skipped_in_a_row} steps in a row made no update, for losses or gradients that were not finite or "
+                f"stood out ({BAD_STEPS_FILE} lists them): lower optimizer.learning_rate or optimizer.clip_norm, or pass over the data, and resume"
             )
 
     def _due_or_last(self, every: int | None) -> bool:
@@ -247,14 +280,19 @@ class Trainer:
         return self.state.step == self.config.train.steps
 
 
-def next_state(before: TrainState, data: dict[str, Any], counts: StepCounts, result: StepResult, skipped_samples: int) -> TrainState:
+def next_state(
+    before: TrainState, data: dict[str, Any], counts: StepCounts, verdict: Verdict, history: dict[str, list[float]], skipped_samples: int
+) -> TrainState:
     """The state after one more step, whether or not it changed the weights."""
+    skipped = verdict.action is Action.SKIP
+    in_a_row = before.skipped_in_a_row if verdict.action is Action.PASS else before.skipped_in_a_row + 1 if skipped else 0
     return dataclasses.replace(
         before,
         step=before.step + 1,
         data=data,
         tokens={name: before.tokens.get(name, 0) + number for name, number in counts.tokens.items()},
-        skipped_steps=before.skipped_steps + (not result.finite),
-        nonfinite_in_a_row=0 if result.finite else before.nonfinite_in_a_row + 1,
+        skipped_steps=before.skipped_steps + skipped,
+        skipped_in_a_row=in_a_row,
         skipped_samples=skipped_samples,
+        history=history,
     )

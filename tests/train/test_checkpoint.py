@@ -15,8 +15,10 @@ import torch
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.train import checkpoint as module
 from fusiontrain.train.checkpoint import (
+    foreign_files,
     list_checkpoints,
     load_checkpoint,
+    prune,
     read_manifest,
     resume_candidates,
     save_checkpoint,
@@ -24,6 +26,7 @@ from fusiontrain.train.checkpoint import (
     verify_checkpoint,
 )
 from fusiontrain.train.identity import first_difference, folder_identity
+from fusiontrain.train.retention import Retention
 from fusiontrain.train.state import TrainState
 from fusiontrain.utils.errors import UserError
 
@@ -34,8 +37,12 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"weight": torch.full((3, 2), value)}, "optimizer": {"weight.step": torch.tensor(value)}}
 
 
-def save(folder: Path, step: int, keep_last: int = 9) -> Path:
-    return save_checkpoint(folder, TrainState(step=step, data={"step": step}), tensors(float(step)), MODEL, "seed: 0\n", Ranks(), keep_last)
+ALL = Retention(last=9)
+
+
+def save(folder: Path, step: int, keep: Retention = ALL, **metrics: float) -> Path:
+    state = TrainState(step=step, data={"step": step})
+    return save_checkpoint(folder, state, tensors(float(step)), MODEL, "seed: 0\n", Ranks(), keep, metrics)
 
 
 def names(folder: Path) -> list[str]:
@@ -59,7 +66,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    path = save_checkpoint(tmp_path, TrainState(step=1), tensors(5.0), MODEL, "", Ranks(), 9)
+    path = save_checkpoint(tmp_path, TrainState(step=1), tensors(5.0), MODEL, "", Ranks(), ALL, {})
     target = tensors(0.0)
     load_checkpoint(path, target, Ranks())
     assert target["model"]["weight"].eq(5).all() and names(tmp_path) == [path.name]
@@ -68,9 +75,33 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     (tmp_path / "step-00000002.tmp").mkdir(parents=True)
     for step in (1, 2, 3, 10):
-        save(tmp_path, step, keep_last=2)
+        save(tmp_path, step, Retention(2))
     assert names(tmp_path) == ["step-00000003", "step-00000010"]
     assert [path.name for path in list_checkpoints(tmp_path)] == names(tmp_path)
+
+
+def test_round_steps_and_the_best_are_kept_too(tmp_path: Path) -> None:
+    keep = Retention(2, every=4, best="image")
+    losses = {1: 0.9, 2: 0.3, 3: 0.5, 4: 0.7, 5: 0.3, 6: 0.8, 7: 0.6}
+    for step, loss in losses.items():
+        save(tmp_path, step, keep, image=loss)
+    assert names(tmp_path) == [f"step-0000000{step}" for step in (4, 5, 6, 7)], "of two equally good ones the later stays"
+    save(tmp_path, 8, keep)
+    save(tmp_path, 9, keep)
+    assert names(tmp_path) == [f"step-0000000{step}" for step in (4, 5, 8, 9)], "without the metric nothing is the best"
+    (tmp_path / "step-00000005" / "manifest.json").write_text("{}")
+    assert [path.name for path in prune(tmp_path, Retention(1, best="image"), dry_run=True)] == ["step-00000005", "step-00000008"]
+    assert len(names(tmp_path)) == 4
+    prune(tmp_path, Retention(1))
+    assert names(tmp_path) == ["step-00000009"]
+
+
+def test_a_foreign_file_is_named_and_does_no_harm(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    assert foreign_files(path) == []
+    (path / "notes.txt").write_text("mine")
+    assert foreign_files(path) == [f"{path / 'notes.txt'}: does not belong to the checkpoint"]
+    assert load_checkpoint(path, tensors(0.0), Ranks()).step == 3
 
 
 @pytest.mark.parametrize("moment", ["sha256_of", "_write_manifest", "_publish", "_sync_folder"])
@@ -98,7 +129,7 @@ def test_a_disk_without_room_is_named_and_leaves_the_last_checkpoint(tmp_path: P
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
-            save_checkpoint(tmp_path, TrainState(step=2), {"model": {"weight": torch.zeros(10_000)}, "optimizer": {}}, MODEL, "", Ranks(), 9)
+            save_checkpoint(tmp_path, TrainState(step=2), {"model": {"weight": torch.zeros(10_000)}, "optimizer": {}}, MODEL, "", Ranks(), ALL, {})
         except UserError as error:
             os._exit(7 if "step-00000002: cannot be saved" in str(error) else 1)
         os._exit(0)
@@ -164,10 +195,10 @@ def test_going_back_sets_the_abandoned_future_aside(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(module, "FORMAT_VERSION", 99)
     path = save(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="format 2"):
+    with pytest.raises(UserError, match="format 99"):
         read_manifest(path)
 
 
