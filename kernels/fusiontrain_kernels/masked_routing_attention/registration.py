@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusiontrain_kernels._launch import on_device
-
-Tensor = torch.Tensor
 
 
 def register(name: str, forward: Callable[..., None], backward: Callable[..., None]) -> Any:
