@@ -16,6 +16,7 @@ from fusiontrain.testing.training import full_tensors, lmfusion_config, make_seq
 from fusiontrain.train.checkpoint import load_checkpoint, save_checkpoint
 from fusiontrain.train.ema import average_weights
 from fusiontrain.train.optim import build_optimizer, embedding_names
+from fusiontrain.train.retention import Retention
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
 from fusiontrain.train.step import global_counts, train_step
 
@@ -54,7 +55,7 @@ def go_on(config: Config, folder: str, resume: bool) -> Answer:
             load_checkpoint(Path(folder) / "step-00000002", tensors, ranks)
         else:
             step(1), step(2)
-            save_checkpoint(Path(folder), TrainState(step=2), tensors, {}, "", ranks, 1)
+            save_checkpoint(Path(folder), TrainState(step=2), tensors, {}, "", ranks, Retention(1), {})
         held = full_tensors({f"{group}/{name}": tensor for group, part in tensors.items() for name, tensor in part.items()})
         return held, step(3)
 
