@@ -23,10 +23,10 @@ def parallelize(
     """
     freeze(model, plan.frozen)  # first: the plan names parameters, and every later line renames or replaces them
     model.to(device)
-    if parallel.activation_checkpointing == "full":
-        recompute_activations(model, plan.recompute)  # before compile, which must see the recomputed region as one graph
+    # Before compile, which must see the recomputed region as one graph.
+    recompute_activations(model, plan.recompute, parallel.activation_checkpointing, parallel.activation_checkpointing_every)
     if parallel.compile:
-        compile_units(model, plan.shard_units)
+        compile_units(model, plan.shard_units, any_number_of_rows=parallel.frozen_prefix and bool(plan.frozen))
     if mesh is not None:
         shard(model, plan, mesh, parallel.precision)  # last: it takes over the parameters that the others left in place
     return {clean_name(name): parameter for name, parameter in model.named_parameters()}
