@@ -168,6 +168,11 @@ class Batch:
         """T, padding included."""
         return self.modality_bounds[-1]
 
+    @property
+    def has_prefix_slice(self) -> bool:
+        """Whether text that no image comes before is told apart, be there any or not."""
+        return len(self.slice_bounds) > len(self.modality_bounds)
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         return _to_device(self, device, non_blocking)
 

@@ -193,7 +193,10 @@ class ParallelConfig(Section):
     forward_prefetch: int = Field(0, ge=0, description="blocks whose gathering starts ahead in the forward; 0: as soon as the CPU gets there")
     backward_prefetch: int = Field(1, ge=1, description="blocks whose gathering starts ahead in the backward")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; parameters and reductions are float32")
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none", description="what a block computes again in the backward; selective: all but its products and attention; full: everything"
+    )
+    activation_checkpointing_every: int = Field(1, ge=1, description="every n-th block does, from the first on; the others keep everything")
     frozen_prefix: bool = Field(
         True, description="with frozen text: text that no image of its document comes before runs forward only; false: like all text, for comparison"
     )

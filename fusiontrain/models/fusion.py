@@ -116,7 +116,7 @@ class FusionModel(nn.Module):
         if self.image is not None:
             image_rows, images = self._embed_images(batch.payloads[IMAGE.name])
             x = torch.cat([x, image_rows.to(x.dtype)])
-        if not num_prefix:
+        if not (self.recipe.freezes_text and batch.has_prefix_slice):
             attend = partial(masked_routing_attention, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention)
             layout = self._layout(batch.modality_bounds, batch.modality_offsets, batch.position_ids, x.dtype)
             return prefix_rows, self._run_blocks(x, layout, [attend] * len(self.blocks)), images

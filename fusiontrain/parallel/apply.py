@@ -31,10 +31,10 @@ def parallelize(
     freeze(model, plan.frozen, DTYPES[parallel.precision])  # first: the plan names parameters, and later lines rename or replace them
     if not is_declared(model):
         model.to(device)
-    if parallel.activation_checkpointing == "full":
-        recompute_activations(model, plan.recompute)  # before compile, which must see the recomputed region as one graph
+    # Before compile, which must see the recomputed region as one graph.
+    recompute_activations(model, plan.recompute, parallel.activation_checkpointing, parallel.activation_checkpointing_every)
     if parallel.compile:
-        compile_units(model, plan.shard_units)
+        compile_units(model, plan.shard_units, any_number_of_rows=parallel.frozen_prefix and bool(plan.frozen))
     if mesh is not None:
         shard(model, plan, mesh, parallel)  # after those: it takes over the parameters that they left in place
     if is_declared(model):

@@ -44,7 +44,8 @@ def borders(batch: Batch) -> Borders:
 def attend_inside(batch: Batch, impl: str) -> Attend:
     """How the rows of the prefix attend: they see one another alone, and the first slice is theirs."""
     count = batch.num_prefix_rows
-    ranges = {name: getattr(batch, name)[:count, :1].contiguous() for name in ("key_ranges", "query_ranges")}
+    # A copy with the strides of any other count, which compiled code then takes too.
+    ranges = {name: getattr(batch, name)[:count, :1].clone(memory_format=torch.contiguous_format) for name in ("key_ranges", "query_ranges")}
     return partial(masked_routing_attention, **ranges, impl=impl)
 
 

@@ -43,9 +43,8 @@ def register(name: str, forward: Callable[..., None], backward: Callable[..., No
         need_kv = need_k or need_v
         if (d_out is None and d_lse is None) or not (need_q or need_kv):
             return (None,) * 7
-        saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
-        d_out = torch.zeros_like(saved[-2]) if d_out is None else d_out
-        dq, dk, dv = run_backward(d_out, d_lse, *saved, ctx.scale, need_q, need_kv)
+        saved = ctx.saved_tensors  # read once: with activation checkpointing a second reading is an error
+        dq, dk, dv = run_backward(torch.zeros_like(saved[-2]) if d_out is None else d_out, d_lse, *saved, ctx.scale, need_q, need_kv)
         return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None, None
 
     run.register_fake(lambda q, *_: _empty_forward(q))

@@ -68,7 +68,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 @grouped_gemm.register_fake
 def _(x: torch.Tensor, weights: Tensors, offsets: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(len(x), len(weights[0]))
+    return x.new_empty(x.shape[0], weights[0].shape[0])
 
 
 @grouped_gemm_backward.register_fake
