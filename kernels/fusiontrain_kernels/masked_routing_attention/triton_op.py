@@ -98,8 +98,9 @@ def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | N
     need_kv = need_k or need_v
     if (d_out is None and d_lse is None) or not (need_q or need_kv):
         return (None,) * 7
-    out = ctx.saved_tensors[-2]
-    dq, dk, dv = _backward_op(torch.zeros_like(out) if d_out is None else d_out, d_lse, *ctx.saved_tensors, ctx.scale, need_q, need_kv)
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses to be asked again
+    out = saved[-2]
+    dq, dk, dv = _backward_op(torch.zeros_like(out) if d_out is None else d_out, d_lse, *saved, ctx.scale, need_q, need_kv)
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None, None
 
 

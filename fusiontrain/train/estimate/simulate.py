@@ -1,0 +1,115 @@
+"""One optimizer step of the real model under the real engine on fake ranks: sizes without memory, collectives without a network."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusiontrain.config.schema import Config
+from fusiontrain.models.build import build_model
+from fusiontrain.modality import IMAGE, TEXT
+from fusiontrain.parallel.apply import parallelize
+from fusiontrain.parallel.mesh import Ranks, build_mesh, needs_group
+from fusiontrain.train.estimate.memory import MemoryTracker, categorize
+from fusiontrain.train.estimate.traffic import Channel, TrafficCounter
+from fusiontrain.train.optim import build_optimizer, embedding_names
+from fusiontrain.train.step import accumulate_gradients
+from fusiontrain.types import Batch
+from fusiontrain_kernels.masked_routing_attention import masked_routing_attention
+
+FORWARD, LOSS, BACKWARD, OPTIMIZER = PHASES = ("forward", "loss", "backward", "optimizer")
+WEIGHTS, GRADIENTS, OPTIMIZER_STATE = "weights", "gradients", "optimizer"
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Of one rank. memory: bytes of each category at the peak of each phase. calls and bytes: of each channel in one step."""
+
+    memory: dict[str, dict[str, float]]
+    calls: dict[Channel, float]
+    bytes: dict[Channel, float]
+
+
+def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) -> Simulated:
+    """A step of `micro_batches` such batches on rank 0 of `world_size` ranks. The batch is real and on the CPU; nothing is computed with it."""
+    with fake_group(config, world_size):
+        ranks = Ranks(0, world_size)
+        mesh = build_mesh(config.parallel, ranks)
+        tracker, counter = MemoryTracker(), TrafficCounter()
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            model = build_model(config)
+        _read_mask(batch, model.kernels.attention)
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            _hook_phases(model, tracker)
+            embeddings = embedding_names(model)
+            # Fake tensors are on the CPU already, and Module.to would swap them, which they refuse.
+            model.to = lambda *_, **__: model  # type: ignore[method-assign]
+            parameters = parallelize(model, model.plan(), config.parallel, mesh, ranks.device)
+            optimizer = build_optimizer(parameters, embeddings, config.optimizer)
+            trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
+            _update_once(optimizer, trainable, config.optimizer.clip_norm)
+            weights = {TEXT.name: config.objective.text_weight, IMAGE.name: config.objective.image_weight}
+            # All micro-batches but the last one are alike: two show what `micro_batches` of them take.
+            with counter:
+                accumulate_gradients(model, [batch] * min(micro_batches, 2), weights, batch.target_counts, world_size, ranks.device)
+                owners = _owners(tracker, model, trainable, optimizer)
+                tracker.begin(OPTIMIZER)
+                torch.nn.utils.clip_grad_norm_(trainable, config.optimizer.clip_norm)
+                optimizer.step()
+            tracker.end()
+    memory = {phase: categorize(tracker.peaks[phase].live, owners) for phase in PHASES}
+    return Simulated(memory, dict(counter.calls), dict(counter.bytes))
+
+
+@contextlib.contextmanager
+def fake_group(config: Config, world_size: int) -> Iterator[None]:
+    """A process group of ranks that are not there, as far as the engine would make one."""
+    if not needs_group(world_size, config.parallel):
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the backend
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _read_mask(batch: Batch, attention: str) -> None:
+    """An implementation that cuts its work by the mask's numbers reads them once per batch: now, as fake tensors have none."""
+    rows = torch.zeros(batch.num_tokens, 1, 1)
+    if attention == "chunked":
+        masked_routing_attention(rows, rows, rows, batch.key_ranges, batch.query_ranges, impl=attention)
+
+
+def _hook_phases(model: nn.Module, tracker: MemoryTracker) -> None:
+    model.register_forward_pre_hook(lambda *_: tracker.begin(FORWARD))
+    model.get_submodule("text_objective").register_forward_pre_hook(lambda *_: tracker.begin(LOSS))
+    model.register_forward_hook(lambda *_: tracker.begin(BACKWARD))
+
+
+def _update_once(optimizer: torch.optim.Optimizer, trainable: list[nn.Parameter], clip_norm: float) -> None:
+    """AdamW makes its state at its first step, and the step to look at is a later one. So it is with what DTensor works out once per operator,
+    by fake tensors of its own that would be taken for memory."""
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    torch.nn.utils.clip_grad_norm_(trainable, clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _owners(tracker: MemoryTracker, model: nn.Module, trainable: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Mapping[str, set[int]]:
+    """Whose the storages are after a backward."""
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return {
+        WEIGHTS: tracker.serials([*model.parameters(), *model.buffers()]),
+        GRADIENTS: tracker.serials(parameter.grad for parameter in trainable if parameter.grad is not None),
+        OPTIMIZER_STATE: tracker.serials(states),
+    }
