@@ -31,6 +31,14 @@ def count_flops(model: FusionModel, batch: Batch) -> dict[str, int]:
     return flops
 
 
+def recomputed_flops(model: FusionModel, batch: Batch) -> int:
+    """FLOPs of one more forward of all blocks over `batch`: what activation checkpointing of whole blocks adds to `count_flops`."""
+    linears = [module for module in model.blocks.modules() if isinstance(module, UntiedLinear)]
+    products = sum(batch.token_counts[m.name] * sum(linear[linear.groups[m.id]].weight.numel() for linear in linears) for m in MODALITIES)
+    scores = allowed_pairs(batch) * model.shape.num_heads * model.shape.head_dim * model.shape.num_layers
+    return 2 * (products + 2 * scores)
+
+
 def allowed_pairs(batch: Batch) -> int:
     """Query-key pairs that the mask allows, padding left out."""
     lengths = (batch.key_ranges[..., 1] - batch.key_ranges[..., 0]).sum(dim=1, dtype=torch.int64)

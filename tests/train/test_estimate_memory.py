@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -58,14 +59,21 @@ def peak_of_training(config: Config, rank: int, world_size: int, micro_batches: 
                 optimizer.zero_grad(set_to_none=True)
     results = profile.profiler.kineto_results
     start = [event.start_ns() for event in results.events() if event.name() == "a step"][1]
-    return max(total for at, total in allocations(results.experimental_event_tree()) if at >= start)
+    held: dict[int, int] = {}  # address -> bytes, of what was handed out since the beginning: earlier tests leave things behind
+    total = peak = 0
+    for at, address, size in sorted(allocations(results.experimental_event_tree())):
+        total += size if size > 0 else -held.pop(address, 0)
+        if size > 0:
+            held[address] = size
+        peak = max(peak, total if at >= start else 0)
+    return peak
 
 
-def allocations(nodes: Any) -> Any:
-    """(time in ns, bytes handed out after it) of every allocation below these nodes."""
+def allocations(nodes: Any) -> Iterator[tuple[int, int, int]]:
+    """(time in ns, address, bytes, or fewer than none where they are given back) of everything that the allocator did below these nodes."""
     for node in nodes:
         if node.typed[0].name == "Allocation":
-            yield node.start_time_ns, node.typed[1].total_allocated
+            yield node.start_time_ns, node.typed[1].ptr, node.typed[1].alloc_size
         yield from allocations(node.children)
 
 
