@@ -20,7 +20,7 @@ from fusiontrain.parallel.mesh import mesh_shape
 from fusiontrain.train.estimate.hardware import Device, Efficiency, StepTime, step_time
 from fusiontrain.train.estimate.layers import simulate_layers, with_shape
 from fusiontrain.train.estimate.model import kernels_of_a_gpu, shape_of, traceable, without_codec
-from fusiontrain.train.estimate.simulate import GRADIENTS, OPTIMIZER_STATE, Simulated
+from fusiontrain.train.estimate.simulate import GRADIENTS, OPTIMIZER, OPTIMIZER_STATE, Simulated
 from fusiontrain.train.estimate.workload import describe, workload
 from fusiontrain.utils.errors import UserError
 
@@ -106,7 +106,7 @@ class Estimator:
             simulated = simulate_layers(config, self.shape, batch, micro_batches, target.world_size)
         flops = sum(self.flops.values()) / target.world_size
         recomputed = 0.0 if parallel.activation_checkpointing == "none" else self._recomputed / target.world_size
-        held = simulated.memory["optimizer"]
+        held = simulated.memory[OPTIMIZER]
         states = held.get(GRADIENTS, 0) * 2 + held.get(OPTIMIZER_STATE, 0)  # the weights that train are as large as their gradients
         time = step_time(
             target.device, target.efficiency, parallel.precision, flops + recomputed, simulated.bytes, states, target.gpus_per_node

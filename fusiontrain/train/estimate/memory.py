@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from fusiontrain_kernels.linear_cross_entropy.chunked import ROWS
 
-ACTIVATIONS, GATHERED, LOSS = "activations", "gathered", "loss"
-"""Labels of storages that are nobody's weight, gradient or optimizer state: see `label_of`."""
+ACTIVATIONS, GATHERED, WHOLE_GRADIENTS, LOSS = "activations", "gathered weights and buffers", "gradients before reduction", "loss workspace"
+"""Labels of storages that are nobody's weight, gradient or optimizer state."""
 
 ENGINE_NAMESPACES = ("fsdp", "c10d", "_c10d_functional")
+COPY_IN_GRADIENTS = "fsdp::chunk_cat"
 LOSS_OPERATOR = "fusiontrain::linear_cross_entropy"
 
 
@@ -44,6 +45,7 @@ class MemoryTracker(TorchDispatchMode):
         self._peak = Peak()
         self._rising = False
         self._live: dict[int, tuple[int, str]] = {}
+        self._fates: dict[int, str] = {}  # labels of storages that the engine came to use, whoever made them
         self._known: dict[int, tuple[weakref.ref, int]] = {}  # address of a storage -> (reference, serial number)
         self._serials = itertools.count()
 
@@ -70,7 +72,7 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         label = label_of(func)
         if label == GATHERED:
-            self._relabel((args, kwargs))
+            self._used_by_engine(func, args, kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor, label)
@@ -95,6 +97,14 @@ class MemoryTracker(TorchDispatchMode):
         keys = (tensor.untyped_storage()._cdata for tensor in locals_)
         return {self._known[key][1] for key in keys if key in self._known}
 
+    def categories(self, phase: str, owners: Mapping[str, set[int]]) -> dict[str, int]:
+        """Bytes of each category at the peak of a phase: those of `owners` by the serial numbers they own, the rest by what became of them."""
+        category_of = self._fates | {serial: name for name, serials in owners.items() for serial in serials}
+        found: Counter[str] = Counter()
+        for serial, (size, label) in self.peaks[phase].live.items():
+            found[category_of.get(serial, label)] += size
+        return {category: size for category, size in found.items() if size}
+
     def _see(self, tensor: torch.Tensor, label: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -116,11 +126,11 @@ class MemoryTracker(TorchDispatchMode):
             self._free(known[1])
             self._add(known[1], storage.nbytes(), GATHERED)
 
-    def _relabel(self, arguments: Any) -> None:
-        for tensor in tree_leaves(arguments):
-            known = self._known.get(tensor.untyped_storage()._cdata) if isinstance(tensor, torch.Tensor) else None
-            if known is not None:
-                self._live[known[1]] = (self._live[known[1]][0], GATHERED)
+    def _used_by_engine(self, func: Any, args: Any, kwargs: Any) -> None:
+        label = WHOLE_GRADIENTS if func._schema.name == COPY_IN_GRADIENTS else GATHERED
+        for arguments, fate in ((args, label), (kwargs, GATHERED)):
+            for serial in self.serials(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)):
+                self._fates.setdefault(serial, fate)
 
     def _add_new(self, size: int, label: str) -> int:
         serial = next(self._serials)
@@ -147,15 +157,6 @@ def label_of(func: Any) -> str:
     if func.namespace in ENGINE_NAMESPACES:
         return GATHERED
     return LOSS if func._schema.name == LOSS_OPERATOR else ACTIVATIONS
-
-
-def categorize(live: Mapping[int, tuple[int, str]], owners: Mapping[str, set[int]]) -> dict[str, int]:
-    """Bytes of each category: those of `owners` by the serial numbers they own, everything else by its label."""
-    category_of = {serial: name for name, serials in owners.items() for serial in serials}
-    found: Counter[str] = Counter()
-    for serial, (size, label) in live.items():
-        found[category_of.get(serial, label)] += size
-    return dict(found)
 
 
 def _workspace(func: Any, args: Any) -> int:

@@ -16,7 +16,7 @@ from fusiontrain.models.build import build_model
 from fusiontrain.modality import IMAGE, TEXT
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, needs_group
-from fusiontrain.train.estimate.memory import MemoryTracker, categorize
+from fusiontrain.train.estimate.memory import MemoryTracker
 from fusiontrain.train.estimate.traffic import Channel, TrafficCounter
 from fusiontrain.train.optim import build_optimizer, embedding_names
 from fusiontrain.train.step import accumulate_gradients
@@ -24,7 +24,7 @@ from fusiontrain.types import Batch
 from fusiontrain_kernels.masked_routing_attention import masked_routing_attention
 
 FORWARD, LOSS, BACKWARD, OPTIMIZER = PHASES = ("forward", "loss", "backward", "optimizer")
-WEIGHTS, GRADIENTS, OPTIMIZER_STATE = "weights", "gradients", "optimizer"
+WEIGHTS, GRADIENTS, OPTIMIZER_STATE = "weights", "gradients", "optimizer state"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) 
                 torch.nn.utils.clip_grad_norm_(trainable, config.optimizer.clip_norm)
                 optimizer.step()
             tracker.end()
-    memory = {phase: categorize(tracker.peaks[phase].live, owners) for phase in PHASES}
+    memory = {phase: tracker.categories(phase, owners) for phase in PHASES}
     return Simulated(memory, dict(counter.calls), dict(counter.bytes))
 
 
