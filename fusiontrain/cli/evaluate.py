@@ -22,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="other data and settings than the checkpoint's own")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values to use instead, such as evaluate.batches=50")
     parser.add_argument("--judge", type=int, default=64, metavar="N", help="pictures painted and captioned where the data are a demo world (default: 64)")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (train.ema_decay)")
     add_json_argument(parser)
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from fusiontrain.train.evaluate import validation_losses
     from fusiontrain.train.inference import load_for_inference
 
-    trained = load_for_inference(args.checkpoint)
+    trained = load_for_inference(args.checkpoint, args.ema)
     config = _config(args, trained.checkpoint, trained.config)
     if not config.data.validation_sources:
         raise UserError("data.validation_sources: is empty, there is nothing to evaluate on: give it as an override")

@@ -47,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
     parser.add_argument("--max-images", type=int, default=4, help="new pictures of an interleaved document (default: 4)")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (train.ema_decay)")
     add_json_argument(parser)
     parser.set_defaults(run=run, pieces=[])
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from fusiontrain.train.inference import load_for_inference
 
     pieces = [value if kind == "prompt" else load_picture(value) for kind, value in args.pieces]
-    trained = load_for_inference(args.checkpoint)
+    trained = load_for_inference(args.checkpoint, args.ema)
     out = _folder(args.out)
     samples, pictures, captions = MODES[mode](args, trained, pieces)
     settings = _settings(args, trained)

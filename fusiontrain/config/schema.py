@@ -164,12 +164,24 @@ class TrainConfig(Section):
     micro_batch_sequences: int | None = Field(None, ge=1, description="per rank and forward; default: all of a rank's share at once")
     log_every_steps: int = Field(10, ge=1, description="how often a line is printed and TensorBoard written; metrics.jsonl has every step")
     threads: int | None = Field(None, ge=1, description="CPU threads per process; default: cores / local processes")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="keep a moving average of the weights that train, such as 0.9999; null for none")
 
 
 class ParallelConfig(Section):
     engine: Literal["fsdp"] = "fsdp"
-    dp_replicate: int = Field(1, ge=1)
-    dp_shard: int = Field(-1, description="-1: all remaining ranks")
+    dp_replicate: int = Field(1, description="copies of the model; -1: all remaining ranks, which with dp_shard: 1 is DDP, for small models")
+    dp_shard: int = Field(-1, description="ranks that share one copy; -1: all remaining ranks")
+    frozen: Literal["shard", "replicate"] = Field(
+        "shard", description="how frozen weights are held: in shards, gathered like all others, or whole on every rank, never gathered"
+    )
+    reshard_after_forward: Literal["default", "always", "never"] | int = Field(
+        "default",
+        description="free gathered weights after the forward: default: those of the blocks; always: the root's too; never: gather once per step; "
+        "a number: keep them sharded over so many neighbouring ranks, such as the GPUs of a machine",
+    )
+    cpu_offload: bool = Field(False, description="sharded weights, gradients and optimizer state stay in the host's memory between uses")
+    forward_prefetch: int = Field(0, ge=0, description="blocks whose gathering starts ahead in the forward; 0: as soon as the CPU gets there")
+    backward_prefetch: int = Field(1, ge=1, description="blocks whose gathering starts ahead in the backward")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; parameters and reductions are float32")
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = False

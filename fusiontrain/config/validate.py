@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _batch, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _mesh, _batch, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -175,14 +175,24 @@ def _rises(entries: Sequence[tuple[int, float]]) -> bool:
     return all(before < after for before, after in itertools.pairwise(firsts))
 
 
+def _mesh(config: Config) -> Iterator[Problem]:
+    parallel = config.parallel
+    for name in ("dp_replicate", "dp_shard"):
+        size = getattr(parallel, name)
+        if size < 1 and size != -1:
+            yield Problem(f"parallel.{name}", f"given {size}, expected a whole number >= 1, or -1 for all remaining ranks")
+    if parallel.dp_replicate == parallel.dp_shard == -1:
+        yield Problem("parallel.dp_replicate", "is -1, and so is parallel.dp_shard; only one of them can be all remaining ranks")
+    near = parallel.reshard_after_forward
+    if isinstance(near, int) and (near < 2 or (parallel.dp_shard > 0 and (near >= parallel.dp_shard or parallel.dp_shard % near))):
+        yield Problem("parallel.reshard_after_forward", f"given {near}, expected a number >= 2 that divides parallel.dp_shard and is smaller")
+
+
 def _batch(config: Config) -> Iterator[Problem]:
-    """What can be said of the batch without the number of ranks, and more where `dp_shard` fixes that."""
+    """What can be said of the batch without the number of ranks, and more where `dp_replicate` and `dp_shard` fix that."""
     train, parallel = config.train, config.parallel
     batch, micro = train.global_batch_sequences, train.micro_batch_sequences or 1
-    if parallel.dp_shard < 1 and parallel.dp_shard != -1:
-        yield Problem("parallel.dp_shard", f"given {parallel.dp_shard}, expected a whole number >= 1, or -1 for all remaining ranks")
-        return
-    ranks = parallel.dp_replicate * max(parallel.dp_shard, 1)
+    ranks = max(parallel.dp_replicate, 1) * max(parallel.dp_shard, 1)
     if batch % (ranks * micro) == 0:
         return
     parts = [

@@ -9,12 +9,13 @@ import torch
 from fusiontrain.config.schema import Config, ModelConfig
 from fusiontrain.config.validate import uses_images
 from fusiontrain.models.fusion import FusionModel, Patcher
-from fusiontrain.models.init import init_weights
+from fusiontrain.models.init import fill, random_weights
 from fusiontrain.models.kernels import choose_kernels
-from fusiontrain.models.llama_weights import load_llama, read_llama_shape
+from fusiontrain.models.llama_weights import llama_weights, read_llama_shape
 from fusiontrain.models.modalities.image import LinearPatcher
 from fusiontrain.models.modalities.unet import UNetPatcher
 from fusiontrain.models.modalities.vae import LatentCodec
+from fusiontrain.models.plan import ReadRows
 from fusiontrain.models.recipes.dense import dense
 from fusiontrain.models.recipes.lmfusion import lmfusion
 from fusiontrain.models.recipes.recipe import Recipe
@@ -24,16 +25,33 @@ from fusiontrain.objectives.ddpm import Ddpm
 from fusiontrain.objectives.flow_matching import FlowMatching
 from fusiontrain.objectives.next_token import NextToken
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {"dense": dense, "transfusion": transfusion, "lmfusion": lmfusion}
 
 
 def build_model(config: Config, device: torch.device = CPU) -> FusionModel:
-    """The model of `config` on the CPU in float32: random weights keyed by `seed`, then the base's weights where there is a base.
+    """The model of `config` on the CPU in float32: random weights keyed by `seed`, and the base's weights where there is a base.
 
     device: where it is going to run; kernels are chosen for that. Frozen parameters have `requires_grad` off. Raises UserError for a base
     that is not a Llama folder and for kernels that cannot run there.
     """
+    model = _construct(config, device, CPU)
+    fill(model, first_weights(config, model))
+    return model
+
+
+def declare_model(config: Config, device: torch.device = CPU) -> FusionModel:
+    """`build_model` without the weights: parameters on the meta device, where they take no memory; buffers have their values."""
+    return _construct(config, device, META)
+
+
+def first_weights(config: Config, model: FusionModel) -> ReadRows:
+    """What the parameters of `model`, which may be declared only, start from. Raises UserError for a base that does not fit."""
+    drawn = random_weights(config.seed, model.shape.num_layers)
+    return llama_weights(model, config.model.base, drawn) if config.model.base else drawn
+
+
+def _construct(config: Config, device: torch.device, parameters_on: torch.device) -> FusionModel:
     shape = read_llama_shape(config.model.base) if config.model.base else shape_from_config(config.model)
     kernels = choose_kernels(config.kernels, shape, device, getattr(torch, config.parallel.precision))
     recipe = RECIPES[config.model.recipe](config.model)
@@ -43,22 +61,21 @@ def build_model(config: Config, device: torch.device = CPU) -> FusionModel:
         codec = LatentCodec(config.model.image.vae) if config.model.image.vae and config.data.image.representation == "pixels" else None
         patch_dim = config.data.image.channels * config.data.image.patch_size**2
         patch_dim, channels = (codec.latent_patch_dim(patch_dim), codec.channels) if codec else (patch_dim, config.data.image.channels)
-        image = _patcher(config, patch_dim, channels, shape.dim)
         image_objective = _image_objective(config)
-    model = FusionModel(
-        shape,
-        recipe,
-        kernels,
-        text_objective=NextToken(kernels.cross_entropy),
-        image=image,
-        image_objective=image_objective,
-        image_channels=channels,
-        image_input_scale=config.model.image.input_scale,
-        codec=codec,
-    )
-    init_weights(model, config.seed, shape.num_layers)
-    if config.model.base:
-        load_llama(model, config.model.base)
+    with parameters_on:
+        if uses_images(config):
+            image = _patcher(config, patch_dim, channels, shape.dim)
+        model = FusionModel(
+            shape,
+            recipe,
+            kernels,
+            text_objective=NextToken(kernels.cross_entropy),
+            image=image,
+            image_objective=image_objective,
+            image_channels=channels,
+            image_input_scale=config.model.image.input_scale,
+            codec=codec,
+        )
     for name in model.plan().frozen:
         model.get_parameter(name).requires_grad_(False)
     return model

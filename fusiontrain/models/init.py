@@ -18,31 +18,40 @@ import zlib
 import torch
 from torch import nn
 
+from fusiontrain.models.plan import ReadRows
 from fusiontrain.utils.keyed import hash_key
 
 RESIDUAL_OUTPUTS = (".attention.o.", ".feed_forward.down.")
 
 
-@torch.no_grad()
-def init_weights(model: nn.Module, seed: int, num_layers: int) -> None:
-    """Fill every parameter of `model` in place, as the table above says."""
-    for name, parameter in model.named_parameters():
-        std = _std(name, parameter, num_layers)
+def random_weights(seed: int, num_layers: int) -> ReadRows:
+    """The table above as a source of rows. Drawn rows take the memory of their whole parameter for a moment: the generator counts from its start."""
+
+    def read_rows(name: str, shape: torch.Size, first: int, last: int) -> torch.Tensor:
+        std = _std(name, shape, num_layers)
         if std is None:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-        elif std == 0.0:
-            parameter.zero_()
-        else:
-            generator = torch.Generator().manual_seed(hash_key(seed, zlib.crc32(name.encode())))
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            return torch.full((last - first, *shape[1:]), 1.0 if name.endswith("weight") else 0.0)
+        if std == 0.0 or first == last:
+            return torch.zeros(last - first, *shape[1:])
+        generator = torch.Generator().manual_seed(hash_key(seed, zlib.crc32(name.encode())))
+        return torch.randn(shape, generator=generator)[first:last] * std
+
+    return read_rows
 
 
-def _std(name: str, parameter: torch.Tensor, num_layers: int) -> float | None:
+@torch.no_grad()
+def fill(model: nn.Module, read_rows: ReadRows) -> None:
+    """Give every parameter of a model in one process its first value, in place."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(read_rows(name, parameter.shape, 0, len(parameter)))
+
+
+def _std(name: str, shape: torch.Size, num_layers: int) -> float | None:
     """Standard deviation of a parameter; 0 for zeros; None for norms (ones, or zeros for their biases)."""
-    if parameter.ndim == 1:
+    if len(shape) == 1:
         return 0.0 if name.endswith("bias") else None
     if name.startswith("image.output."):
         return 0.0
-    fan_in = parameter[0].numel()
+    fan_in = shape[1:].numel()
     scale = 1 / math.sqrt(2 * num_layers) if any(part in name for part in RESIDUAL_OUTPUTS) else 1.0
     return scale / math.sqrt(fan_in)

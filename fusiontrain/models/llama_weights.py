@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fusiontrain.models.plan import ReadRows
 from fusiontrain.models.shape import ModelShape, RopeScaling
 from fusiontrain.utils.errors import UserError
 
@@ -89,16 +90,6 @@ def weight_files(folder: str) -> list[Path]:
     raise UserError(f"model.base={folder}: no {SINGLE_FILE} or {INDEX_FILE} in it (weights must be safetensors)")
 
 
-def _read_tensors(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
-
-
 def parameter_names(model: FusionModel, llama_name: str) -> list[str]:
     """Every parameter of `model` that a tensor of a Llama checkpoint fills: one per group, or none for a tensor it has no place for."""
     top = {"model.embed_tokens.weight": "text.embedding", "lm_head.weight": "text.head"}
@@ -114,23 +105,45 @@ def parameter_names(model: FusionModel, llama_name: str) -> list[str]:
     return [f"{name}.{group}.weight" for group in model.get_submodule(name)]
 
 
-def load_llama(model: FusionModel, folder: str) -> None:
-    """Fill the text side and its copies (LMFusion 3.1: image norms, attention and FFN start as the text's) from a Llama folder."""
-    _fill(model, _read_tensors(folder), folder)
+def llama_weights(model: FusionModel, folder: str, others: ReadRows) -> ReadRows:
+    """Where `model` starts on top of a Llama folder: the text side and its copies (LMFusion 3.1: image norms, attention and FFN start as the
+    text's) are read from the files, slice by slice; what the folder has nothing for is taken from `others`.
+
+    Raises UserError for files that cannot be read, that do not fit config.json, or that lack a tensor of the text side.
+    """
+    slices = {name: piece for llama_name, piece in _open_tensors(folder) for name in parameter_names(model, llama_name)}
+    _require_complete(model, slices, folder)
+
+    def read_rows(name: str, shape: torch.Size, first: int, last: int) -> torch.Tensor:
+        if name not in slices:
+            return others(name, shape, first, last)
+        try:
+            return slices[name][first:last] if first < last else torch.empty(0, *shape[1:])
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: cannot be read as safetensors: {error}") from error
+
+    return read_rows
 
 
-@torch.no_grad()
-def _fill(model: FusionModel, tensors: Iterator[tuple[str, torch.Tensor]], where: str) -> None:
-    parameters = dict(model.named_parameters())
-    missing = {name for name in parameters if not name.startswith("image.")}
-    for llama_name, tensor in tensors:
-        for name in parameter_names(model, llama_name):
-            if parameters[name].shape != tensor.shape:
-                raise UserError(f"{where}: {llama_name} has shape {list(tensor.shape)}, config.json says {list(parameters[name].shape)}")
-            parameters[name].copy_(tensor)
-            missing.discard(name)
+def _open_tensors(folder: str) -> Iterator[tuple[str, Any]]:
+    """Every tensor of a Llama folder by name, as a slice of its file of which nothing is read yet."""
+    for path in weight_files(folder):
+        try:
+            file = safe_open(path, framework="pt")  # it maps the file, which its slices keep open
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_slice(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def _require_complete(model: FusionModel, slices: Mapping[str, Any], where: str) -> None:
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, piece in slices.items():
+        if list(piece.get_shape()) != shapes[name]:
+            raise UserError(f"{where}: the tensor for {name} has shape {list(piece.get_shape())}, config.json says {shapes[name]}")
+    missing = sorted(name for name in shapes.keys() - slices.keys() if not name.startswith("image."))
     if missing:
-        raise UserError(f"{where}: no tensor for {sorted(missing)[0]} (and {len(missing) - 1} more): the weights are incomplete")
+        raise UserError(f"{where}: no tensor for {missing[0]} (and {len(missing) - 1} more): the weights are incomplete")
 
 
 def _llama_tensors(model: FusionModel) -> dict[str, torch.Tensor]:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+
+ReadRows = Callable[[str, torch.Size, int, int], torch.Tensor]
+"""(name, shape, first, last) -> rows first to last of the parameter of that name and whole shape: [last - first, ...] on the CPU, any float dtype.
+
+The values that a model starts from, asked for shard by shard, so that nobody holds all of them."""
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ def set_threads(threads: int | None, ranks: Ranks) -> int:
 def process_group(ranks: Ranks, parallel: ParallelConfig) -> Iterator[None]:
     """Join all ranks while the context is open; a group that already exists is used and left as it is.
 
-    A world of one in float32 needs no group. In bfloat16 it gets one of its own without any network, because FSDP also
-    casts the parameters: one implementation of the precision policy, whatever the number of ranks.
+    A world of one in float32 needs no group. In bfloat16 it gets one of its own without any network, because FSDP also casts the parameters
+    (and moves them, with cpu_offload): one implementation, whatever the number of ranks.
     """
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
@@ -113,23 +113,31 @@ def process_group(ranks: Ranks, parallel: ParallelConfig) -> Iterator[None]:
 
 def needs_group(world_size: int, parallel: ParallelConfig) -> bool:
     """Whether this run shards its model, which takes a process group."""
-    return world_size > 1 or parallel.precision != "float32"
+    return world_size > 1 or parallel.precision != "float32" or parallel.cpu_offload
 
 
 def mesh_shape(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
     """Sizes of (dp_replicate, dp_shard) on `world_size` ranks; raises UserError where they do not multiply to it."""
     replicate, shard = parallel.dp_replicate, parallel.dp_shard
-    if shard != -1 and shard < 1:
-        raise UserError(f"parallel.dp_shard={shard}: must be at least 1, or -1 for all remaining ranks")
-    if world_size % replicate:
-        raise UserError(f"parallel.dp_replicate={replicate}: must divide the number of ranks, which is {world_size}")
+    for name, size in (("dp_replicate", replicate), ("dp_shard", shard)):
+        if size != -1 and size < 1:
+            raise UserError(f"parallel.{name}={size}: must be at least 1, or -1 for all remaining ranks")
+        if size != -1 and world_size % size:
+            raise UserError(f"parallel.{name}={size}: must divide the number of ranks, which is {world_size}")
+    if replicate == shard == -1:
+        raise UserError("parallel.dp_replicate and parallel.dp_shard are both -1: only one of them can be all remaining ranks")
     if shard == -1:
         shard = world_size // replicate
+    if replicate == -1:
+        replicate = world_size // shard
     if replicate * shard != world_size:
         raise UserError(
             f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard} needs {replicate * shard} ranks, but "
             f"{world_size} are running: set dp_shard to -1, or start {replicate * shard} processes"
         )
+    near = parallel.reshard_after_forward
+    if isinstance(near, int) and shard > 1 and (near < 2 or near >= shard or shard % near):
+        raise UserError(f"parallel.reshard_after_forward={near}: must divide the {shard} ranks that share one copy of the model, and be 2 or more and less")
     return replicate, shard
 
 

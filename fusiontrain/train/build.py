@@ -15,10 +15,11 @@ from fusiontrain.data.index.cache import prepare_sources
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import load_tokenizer
-from fusiontrain.models.build import build_model
+from fusiontrain.models.build import declare_model, first_weights
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
 from fusiontrain.parallel.reduce import at_length, barrier, gather_objects, on_main
+from fusiontrain.train import ema
 from fusiontrain.train.checkpoint import (
     CONFIG,
     DamagedCheckpoint,
@@ -48,7 +49,12 @@ def check_config(config: Config, world_size: int) -> None:
     mesh_shape(config.parallel, world_size)
     sequences, micro = config.train.global_batch_sequences, config.train.micro_batch_sequences or 1
     if sequences % (world_size * micro):
-        problems.append(f"train.global_batch_sequences={sequences}: must be a multiple of ranks x micro_batch_sequences = {world_size} x {micro}")
+        below = sequences // (world_size * micro) * world_size * micro
+        nearest = f"{below} or {below + world_size * micro}" if below else f"{world_size * micro}"
+        problems.append(
+            f"train.global_batch_sequences={sequences}: must be a multiple of ranks x micro_batch_sequences = {world_size} x {micro}; "
+            f"the nearest is {nearest}"
+        )
     if problems:
         raise UserError("\n".join(problems))
 
@@ -70,16 +76,19 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     validation_loader = None
     if config.data.validation_sources:
         validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size, loader.workers if isinstance(loader, Loader) else None)
-    model = build_model(config, ranks.device)
+    model = declare_model(config, ranks.device)
     if ranks.is_main:
         logger.info("%s", model.kernels.origin)
     embeddings = embedding_names(model)
-    parameters = parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device)
+    mesh = build_mesh(config.parallel, ranks)
+    parameters = parallelize(model, model.plan(), config.parallel, mesh, ranks.device, first_weights(config, model))
     optimizer = build_optimizer(parameters, embeddings, config.optimizer)
     # Frozen weights that came from a folder are named by their hash instead of being stored again and again.
     weights = model_tensors(model, parameters, include_frozen=config.model.base is None)
     tensors = {"model": weights, "optimizer": optimizer_tensors(optimizer, parameters)}
-    identity = on_main(lambda: model_identity(config, weights))
+    if config.train.ema_decay is not None:
+        tensors[ema.GROUP] = ema.average_weights(optimizer, parameters, config.train.ema_decay)
+    identity = on_main(lambda: model_identity(config, weights) | ema.note(config.train))
     state, passed_over = resume(config, ranks, tensors, identity, loader.fields)
     for damage in passed_over:
         reporter.event(f"passed over {damage}")
@@ -115,12 +124,18 @@ def resume(
             require_same_model(manifest["model"], identity, checkpoint)
             if not config.checkpoint.accept_data_change:
                 require_same_data(manifest["state"]["data"], data_fields, checkpoint)
-            state = on_these_data(load_checkpoint(checkpoint, tensors, ranks), data_fields)
+            stored = {group: part for group, part in tensors.items() if group != ema.GROUP or ema.GROUP in manifest["model"]}
+            state = on_these_data(load_checkpoint(checkpoint, stored, ranks), data_fields)
         except DamagedCheckpoint as error:
             logger.warning("passed over %s", error)
             passed_over.append(str(error))
             continue
         logger.info("resumed from %s", checkpoint)
+        if ema.GROUP not in stored and ema.GROUP in tensors:
+            logger.warning("%s holds no averages of the weights: train.ema_decay starts from its weights", checkpoint)
+            ema.restart(tensors[ema.GROUP], tensors["model"])
+        elif ema.GROUP in manifest["model"] and ema.GROUP not in tensors:
+            logger.warning("%s holds averages of the weights, which are dropped: train.ema_decay is null", checkpoint)
         break
     if len(passed_over) == len(candidates) > 0:
         raise UserError(f"{passed_over[0]} (no older checkpoint is sound either)" if len(candidates) > 1 else passed_over[0])

@@ -11,6 +11,7 @@ from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer
 from fusiontrain.models.build import build_model
 from fusiontrain.models.fusion import FusionModel
 from fusiontrain.parallel.mesh import Ranks
+from fusiontrain.train import ema
 from fusiontrain.train.checkpoint import CONFIG, MANIFEST, list_checkpoints, load_checkpoint, read_manifest
 from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.state import model_tensors
@@ -38,11 +39,11 @@ def find_trained(path: str | Path) -> Path:
     return checkpoints[-1]
 
 
-def load_for_inference(path: str | Path) -> Trained:
-    """The model of a checkpoint or run folder; no process group is needed.
+def load_for_inference(path: str | Path, averaged: bool = False) -> Trained:
+    """The model of a checkpoint or run folder, if `averaged` with the moving average of its weights; no process group is needed.
 
     Folders named in the config (model.base and so on) are looked for as in training, relative to the working directory, and where they
-    were when the checkpoint was written. Raises UserError where they are gone or hold other weights.
+    were when the checkpoint was written. Raises UserError where they are gone or hold other weights, and for averages that were not kept.
     """
     checkpoint = find_trained(path)
     manifest = read_manifest(checkpoint)
@@ -50,7 +51,11 @@ def load_for_inference(path: str | Path) -> Trained:
     model = build_model(config.model_copy(update={"kernels": KernelsConfig()}))  # those of the training may need its GPU
     tensors = model_tensors(model, dict(model.named_parameters()), include_frozen=config.model.base is None)
     require_same_model(manifest["model"], model_identity(config, tensors), checkpoint)
-    load_checkpoint(checkpoint, {"model": tensors}, Ranks())
+    if averaged and ema.GROUP not in manifest["model"]:
+        raise UserError(f"{checkpoint}: holds no averages of the weights (train.ema_decay was null): leave --ema out")
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad and averaged}
+    groups = {"model": tensors.keys() - trains, ema.GROUP: trains}
+    load_checkpoint(checkpoint, {group: {name: tensors[name] for name in names} for group, names in groups.items() if names}, Ranks())
     return Trained(model.eval(), config, load_tokenizer(config), checkpoint)
 
 

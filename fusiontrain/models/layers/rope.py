@@ -12,7 +12,8 @@ from fusiontrain.models.shape import RopeScaling
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> torch.Tensor:
     """Angles per position, [head_dim / 2] float32."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    # On the CPU in any case: a model that is declared on the meta device still has its buffers.
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim)
     if scaling is None:
         return frequencies
     wavelengths = 2 * math.pi / frequencies
