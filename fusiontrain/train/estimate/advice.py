@@ -62,6 +62,8 @@ def _smaller(estimator: Estimator, prediction: Prediction) -> Iterator[dict[str,
         yield {"parallel.activation_checkpointing": "full"}
     if replicate > 1:
         yield {"parallel.dp_replicate": 1, "parallel.dp_shard": -1}
+    if not parallel.cpu_offload:
+        yield {"parallel.cpu_offload": True}
     if prediction.micro_batch > 1:
         yield {"train.micro_batch_sequences": prediction.micro_batch // 2}
     if prediction.micro_batches > 1:  # accumulated gradients are whole ones

@@ -20,9 +20,12 @@ from fusiontrain.parallel.mesh import mesh_shape
 from fusiontrain.train.estimate.hardware import Device, Efficiency, StepTime, step_time
 from fusiontrain.train.estimate.layers import simulate_layers, with_shape
 from fusiontrain.train.estimate.model import kernels_of_a_gpu, shape_of, traceable, without_codec
-from fusiontrain.train.estimate.simulate import GRADIENTS, OPTIMIZER, OPTIMIZER_STATE, Simulated
+from fusiontrain.train.estimate.simulate import AVERAGES, GRADIENTS, OPTIMIZER, OPTIMIZER_STATE, WEIGHTS, Simulated
 from fusiontrain.train.estimate.workload import describe, workload
 from fusiontrain.utils.errors import UserError
+
+OFFLOADED = (WEIGHTS, GRADIENTS, OPTIMIZER_STATE, AVERAGES)
+"""What `parallel.cpu_offload` keeps in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,21 @@ class Prediction:
 
     @property
     def phase(self) -> str:
-        """Where the most memory is needed."""
+        """Where the most memory of the GPU is needed."""
         return max(self.simulated.memory, key=self.memory_of)
 
     @property
     def memory(self) -> float:
-        """Bytes at the peak."""
+        """Bytes of the GPU at the peak."""
         return self.memory_of(self.phase)
 
     def memory_of(self, phase: str) -> float:
-        """Bytes at the peak of a phase."""
-        return sum(self.simulated.memory[phase].values())
+        """Bytes of the GPU at the peak of a phase."""
+        return sum(size for category, size in self.simulated.memory[phase].items() if not self.is_on_host(category))
+
+    def is_on_host(self, category: str) -> bool:
+        """Whether these bytes are in the host's memory."""
+        return self.config.parallel.cpu_offload and category in OFFLOADED
 
 
 class Estimator:
@@ -109,7 +116,7 @@ class Estimator:
         held = simulated.memory[OPTIMIZER]
         states = held.get(GRADIENTS, 0) * 2 + held.get(OPTIMIZER_STATE, 0)  # the weights that train are as large as their gradients
         time = step_time(
-            target.device, target.efficiency, parallel.precision, flops + recomputed, simulated.bytes, states, target.gpus_per_node
+            target.device, target.efficiency, parallel, flops + recomputed, simulated.bytes, states, target.gpus_per_node
         )
         return Prediction(config, micro_batch, micro_batches, simulated, flops, recomputed, time)
 

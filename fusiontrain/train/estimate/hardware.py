@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fusiontrain.config.schema import ParallelConfig
 from fusiontrain.train.estimate.traffic import Channel, wire_bytes
 
 GB, TERA = 1e9, 1e12
+
+HOST_BANDWIDTH = 12 * GB
+"""Bytes/s of the host's memory, and of the way to it, that one GPU's share of an offloaded update gets."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,17 @@ class StepTime:
 
 
 def step_time(
-    device: Device, efficiency: Efficiency, precision: str, flops: float, traffic: Mapping[Channel, float], state_bytes: float, gpus_per_node: int
+    device: Device,
+    efficiency: Efficiency,
+    parallel: ParallelConfig,
+    flops: float,
+    traffic: Mapping[Channel, float],
+    state_bytes: float,
+    gpus_per_node: int,
 ) -> StepTime | None:
     """Of one rank. flops: with those of recomputation. traffic: bytes of messages per channel. state_bytes: weights that train, their gradients and
     optimizer state, which an update reads and writes. None for a device whose peak is unknown."""
-    peak = device.peak_flops[precision]
+    peak = device.peak_flops[parallel.precision]
     if peak is None:
         return None
     compute = flops / (peak * efficiency.compute)
@@ -78,7 +88,7 @@ def step_time(
         for channel, size in traffic.items()
     )
     exposed = communication - min(communication * efficiency.overlap, compute)
-    return StepTime(compute, communication, exposed, 2 * state_bytes / device.memory_bandwidth)
+    return StepTime(compute, communication, exposed, 2 * state_bytes / (HOST_BANDWIDTH if parallel.cpu_offload else device.memory_bandwidth))
 
 
 def spans_nodes(channel: Channel, gpus_per_node: int) -> bool:

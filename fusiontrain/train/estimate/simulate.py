@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.schema import Config
 from fusiontrain.models.build import build_model
 from fusiontrain.modality import IMAGE, TEXT
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, needs_group
+from fusiontrain.train.ema import average_weights
 from fusiontrain.train.estimate.memory import MemoryTracker
 from fusiontrain.train.estimate.traffic import Channel, TrafficCounter
 from fusiontrain.train.optim import build_optimizer, embedding_names
@@ -24,7 +27,8 @@ from fusiontrain.types import Batch
 from fusiontrain_kernels.masked_routing_attention import masked_routing_attention
 
 FORWARD, LOSS, BACKWARD, OPTIMIZER = PHASES = ("forward", "loss", "backward", "optimizer")
-WEIGHTS, GRADIENTS, OPTIMIZER_STATE = "weights", "gradients", "optimizer state"
+WEIGHTS, WHOLE_WEIGHTS, GRADIENTS, OPTIMIZER_STATE = "weights", "weights that are whole on every rank", "gradients", "optimizer state"
+AVERAGES = "moving average of the weights"
 
 
 @dataclass(frozen=True)
@@ -46,25 +50,25 @@ def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) 
             model = build_model(config)
         _read_mask(batch, model.kernels.attention)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-            _hook_phases(model, tracker)
+            _hook_phases(model, tracker, counter)
             embeddings = embedding_names(model)
             # Fake tensors are on the CPU already, and Module.to would swap them, which they refuse.
             model.to = lambda *_, **__: model  # type: ignore[method-assign]
             parameters = parallelize(model, model.plan(), config.parallel, mesh, ranks.device)
             optimizer = build_optimizer(parameters, embeddings, config.optimizer)
+            averages = average_weights(optimizer, parameters, config.train.ema_decay) if config.train.ema_decay is not None else {}
             trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
             _update_once(optimizer, trainable, config.optimizer.clip_norm)
             weights = {TEXT.name: config.objective.text_weight, IMAGE.name: config.objective.image_weight}
-            # All micro-batches but the last one are alike: two show what `micro_batches` of them take.
-            with counter:
-                accumulate_gradients(model, [batch] * min(micro_batches, 2), weights, batch.target_counts, world_size, ranks.device)
-                owners = _owners(tracker, model, trainable, optimizer)
+            with counter:  # three micro-batches tell what any number takes: between the first and the last one they are alike
+                accumulate_gradients(model, [batch] * min(micro_batches, 3), weights, batch.target_counts, world_size, ranks.device)
+                owners = {**_owners(tracker, model, trainable, optimizer), AVERAGES: tracker.serials(averages.values())}
                 tracker.begin(OPTIMIZER)
                 torch.nn.utils.clip_grad_norm_(trainable, config.optimizer.clip_norm)
                 optimizer.step()
             tracker.end()
     memory = {phase: tracker.categories(phase, owners) for phase in PHASES}
-    return Simulated(memory, dict(counter.calls), dict(counter.bytes))
+    return Simulated(memory, *_all_parts(counter, micro_batches))
 
 
 @contextlib.contextmanager
@@ -89,10 +93,22 @@ def _read_mask(batch: Batch, attention: str) -> None:
         masked_routing_attention(rows, rows, rows, batch.key_ranges, batch.query_ranges, impl=attention)
 
 
-def _hook_phases(model: nn.Module, tracker: MemoryTracker) -> None:
-    model.register_forward_pre_hook(lambda *_: tracker.begin(FORWARD))
+def _hook_phases(model: nn.Module, tracker: MemoryTracker, counter: TrafficCounter) -> None:
+    model.register_forward_pre_hook(lambda *_: (tracker.begin(FORWARD), counter.begin_part())[0])
     model.get_submodule("text_objective").register_forward_pre_hook(lambda *_: tracker.begin(LOSS))
     model.register_forward_hook(lambda *_: tracker.begin(BACKWARD))
+
+
+def _all_parts(counter: TrafficCounter, micro_batches: int) -> tuple[dict[Channel, float], dict[Channel, float]]:
+    """Calls and bytes of all micro-batches. Part 0 lies before the first of them, and the update belongs to the last."""
+    times = [micro_batches - 2 if number == 2 and micro_batches > 2 else 1 for number in range(len(counter.parts))]
+    calls: Counter[Channel] = Counter()
+    sizes: Counter[Channel] = Counter()
+    for (part_calls, part_sizes), count in zip(counter.parts, times, strict=True):
+        for channel in part_calls:
+            calls[channel] += count * part_calls[channel]
+            sizes[channel] += count * part_sizes[channel]
+    return dict(calls), dict(sizes)
 
 
 def _update_once(optimizer: torch.optim.Optimizer, trainable: list[nn.Parameter], clip_norm: float) -> None:
@@ -107,9 +123,11 @@ def _update_once(optimizer: torch.optim.Optimizer, trainable: list[nn.Parameter]
 
 def _owners(tracker: MemoryTracker, model: nn.Module, trainable: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Mapping[str, set[int]]:
     """Whose the storages are after a backward."""
+    weights = list(model.parameters())
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return {
-        WEIGHTS: tracker.serials([*model.parameters(), *model.buffers()]),
+        WHOLE_WEIGHTS: tracker.serials([*(weight for weight in weights if not isinstance(weight, DTensor)), *model.buffers()]),
+        WEIGHTS: tracker.serials(weight for weight in weights if isinstance(weight, DTensor)),
         GRADIENTS: tracker.serials(parameter.grad for parameter in trainable if parameter.grad is not None),
         OPTIMIZER_STATE: tracker.serials(states),
     }

@@ -37,12 +37,18 @@ class Channel:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Calls, and bytes of messages, of every channel: a message is the gathered, or the not yet scattered, or the reduced tensor."""
+    """Calls, and bytes of messages, of every channel: a message is the gathered, or the not yet scattered, or the reduced tensor.
+
+    parts: (calls, bytes) of what lies between two calls of `begin_part`, and before the first of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[Channel] = Counter()
-        self.bytes: Counter[Channel] = Counter()
+        self.parts: list[tuple[Counter[Channel], Counter[Channel]]] = [(Counter(), Counter())]
+
+    def begin_part(self) -> None:
+        """Count what follows apart."""
+        self.parts.append((Counter(), Counter()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -52,8 +58,9 @@ class TrafficCounter(TorchDispatchMode):
         if collective is not None:
             channel = Channel(collective, _ranks((args, kwargs)))
             tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
-            self.calls[channel] += 1
-            self.bytes[channel] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
+            calls, sizes = self.parts[-1]
+            calls[channel] += 1
+            sizes[channel] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result
 
 
