@@ -87,8 +87,8 @@ def test_traffic_is_that_of_two_ranks(overrides, micro_batches):
     estimated = by_collective(config, micro_batches, 2)
     for collective in ("all-gather", "reduce-scatter"):
         assert estimated.get(collective, 0) == measured[collective], collective
-    # The gradient norm's all-reduce is in the estimate and not in what was measured: one float32 number.
-    assert 0 <= estimated.get("all-reduce", 0) - measured["all-reduce"] <= 8
+    # The norms of the gradients, a float32 number each, are in the estimate and not in what was measured.
+    assert 0 <= estimated.get("all-reduce", 0) - measured["all-reduce"] <= 4 * len(list(build_model(config).parameters()))
 
 
 def test_traffic_is_what_fsdp_must_move():

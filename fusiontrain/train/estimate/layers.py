@@ -24,13 +24,13 @@ def with_shape(config: Config, shape: ModelShape, num_layers: int) -> Config:
 
 
 def simulate_layers(config: Config, shape: ModelShape, batch: Batch, micro_batches: int, world_size: int) -> Simulated:
-    """`simulate` for a model of any depth. Each phase's peak is the larger of its ends, so it grows evenly with every block, and so does traffic."""
+    """`simulate` for a model of any depth. A moment's peak is at one of its ends, so it grows evenly with every block, and so does traffic."""
     if shape.num_layers <= DEPTHS[1]:
         return simulate(with_shape(config, shape, shape.num_layers), batch, micro_batches, world_size)
     low, high = (simulate(with_shape(config, shape, depth), batch, micro_batches, world_size) for depth in DEPTHS)
     more = shape.num_layers - DEPTHS[0]
     return Simulated(
-        {phase: _extend(low.memory[phase], high.memory[phase], more) for phase in low.memory},
+        {moment: _extend(low.moments[moment], high.moments[moment], more) for moment in low.moments},
         _extend(low.calls, high.calls, more),
         _extend(low.bytes, high.bytes, more),
     )

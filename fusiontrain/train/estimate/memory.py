@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self.peaks: dict[str, Peak] = {}
+        self.peaks: dict[Hashable, Peak] = {}
         self._peak = Peak()
         self._rising = False
         self._live: dict[int, tuple[int, str]] = {}
@@ -79,7 +79,7 @@ class MemoryTracker(TorchDispatchMode):
         self._free(workspace)
         return result
 
-    def begin(self, phase: str) -> None:
+    def begin(self, phase: Hashable) -> None:
         """From here on the peak is that of `phase`, which may come more than once."""
         self._close_peak()
         self._peak = self.peaks.setdefault(phase, Peak())
@@ -97,7 +97,7 @@ class MemoryTracker(TorchDispatchMode):
         keys = (tensor.untyped_storage()._cdata for tensor in locals_)
         return {self._known[key][1] for key in keys if key in self._known}
 
-    def categories(self, phase: str, owners: Mapping[str, set[int]]) -> dict[str, int]:
+    def categories(self, phase: Hashable, owners: Mapping[str, set[int]]) -> dict[str, float]:
         """Bytes of each category at the peak of a phase: those of `owners` by the serial numbers they own, the rest by what became of them."""
         category_of = self._fates | {serial: name for name, serials in owners.items() for serial in serials}
         found: Counter[str] = Counter()

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.schema import Config
-from fusiontrain.models.build import build_model
 from fusiontrain.modality import IMAGE, TEXT
+from fusiontrain.models.build import build_model
+from fusiontrain.models.fusion import FusionModel
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import Ranks, build_mesh, needs_group
 from fusiontrain.train.ema import average_weights
@@ -31,13 +33,25 @@ WEIGHTS, WHOLE_WEIGHTS, GRADIENTS, OPTIMIZER_STATE = "weights", "weights that ar
 AVERAGES = "moving average of the weights"
 
 
+Moment = tuple[str, int, str]
+"""A phase, the number of its micro-batch, and the part of the blocks that it is in: a stretch of a step in which memory only grows or only shrinks
+from block to block."""
+
+
 @dataclass(frozen=True)
 class Simulated:
-    """Of one rank. memory: bytes of each category at the peak of each phase. calls and bytes: of each channel in one step."""
+    """Of one rank. moments: bytes of each category at the peak of each moment. calls and bytes: of each channel in one step."""
 
-    memory: dict[str, dict[str, float]]
+    moments: dict[Moment, dict[str, float]]
     calls: dict[Channel, float]
     bytes: dict[Channel, float]
+
+    @property
+    def memory(self) -> dict[str, dict[str, float]]:
+        """Bytes of each category at the peak of each phase."""
+        by_size = sorted(self.moments.items(), key=lambda item: sum(item[1].values()))
+        largest = {phase: categories for (phase, _, _), categories in by_size}
+        return {phase: largest[phase] for phase in PHASES}
 
 
 def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) -> Simulated:
@@ -63,12 +77,12 @@ def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) 
             with counter:  # three micro-batches tell what any number takes: between the first and the last one they are alike
                 accumulate_gradients(model, [batch] * min(micro_batches, 3), weights, batch.target_counts, world_size, ranks.device)
                 owners = {**_owners(tracker, model, trainable, optimizer), AVERAGES: tracker.serials(averages.values())}
-                tracker.begin(OPTIMIZER)
+                tracker.begin((OPTIMIZER, 0, ""))
                 torch.nn.utils.clip_grad_norm_(trainable, config.optimizer.clip_norm)
                 optimizer.step()
             tracker.end()
-    memory = {phase: tracker.categories(phase, owners) for phase in PHASES}
-    return Simulated(memory, *_all_parts(counter, micro_batches))
+    moments = {moment: tracker.categories(moment, owners) for moment in tracker.peaks}
+    return Simulated(moments, *_all_parts(counter, micro_batches))
 
 
 @contextlib.contextmanager
@@ -93,10 +107,27 @@ def _read_mask(batch: Batch, attention: str) -> None:
         masked_routing_attention(rows, rows, rows, batch.key_ranges, batch.query_ranges, impl=attention)
 
 
-def _hook_phases(model: nn.Module, tracker: MemoryTracker, counter: TrafficCounter) -> None:
-    model.register_forward_pre_hook(lambda *_: (tracker.begin(FORWARD), counter.begin_part())[0])
-    model.get_submodule("text_objective").register_forward_pre_hook(lambda *_: tracker.begin(LOSS))
-    model.register_forward_hook(lambda *_: tracker.begin(BACKWARD))
+def _hook_phases(model: FusionModel, tracker: MemoryTracker, counter: TrafficCounter) -> None:
+    """Let the model's own forward, and the gradients that pass its blocks, say when a moment begins."""
+
+    def begin(phase: str, part: str = "") -> None:
+        tracker.begin((phase, len(counter.parts), part))
+
+    def forward_begins(*_: Any) -> None:
+        counter.begin_part()
+        begin(FORWARD)
+
+    model.register_forward_pre_hook(forward_begins)
+    model.text_objective.register_forward_pre_hook(lambda *_: begin(LOSS))
+    model.register_forward_hook(lambda *_: begin(BACKWARD))
+    for number, block in enumerate(model.blocks[:-1]):
+        part = "blocks between" if number else "first block"
+
+        def on_gradient(module: nn.Module, inputs: Any, output: torch.Tensor, part: str = part) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda _: begin(BACKWARD, part))
+
+        block.register_forward_hook(on_gradient)
 
 
 def _all_parts(counter: TrafficCounter, micro_batches: int) -> tuple[dict[Channel, float], dict[Channel, float]]:
