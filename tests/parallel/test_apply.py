@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -30,16 +31,24 @@ def spread(config: Config):
 
 
 @pytest.mark.parametrize(
-    ("replicate", "shard", "world_size", "shape"), [(1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (2, 4, 8, (2, 4)), (1, 1, 1, (1, 1))]
+    ("replicate", "shard", "world_size", "shape"),
+    [(1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (2, 4, 8, (2, 4)), (-1, 1, 8, (8, 1)), (-1, 4, 8, (2, 4)), (1, 1, 1, (1, 1))],
 )
 def test_mesh_shape(replicate: int, shard: int, world_size: int, shape: tuple[int, int]) -> None:
     assert mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard), world_size) == shape
 
 
-@pytest.mark.parametrize(("replicate", "shard", "world_size"), [(3, -1, 8), (1, 3, 8), (2, 2, 8), (1, 0, 1), (1, 2, 1)])
+@pytest.mark.parametrize(("replicate", "shard", "world_size"), [(3, -1, 8), (1, 3, 8), (2, 2, 8), (1, 0, 1), (1, 2, 1), (-1, 3, 8), (-1, -1, 8), (-2, 1, 8)])
 def test_mesh_that_does_not_fit_is_a_sentence(replicate: int, shard: int, world_size: int) -> None:
     with pytest.raises(UserError, match=r"parallel\.dp_"):
         mesh_shape(ParallelConfig(dp_replicate=replicate, dp_shard=shard), world_size)
+
+
+@pytest.mark.parametrize(("near", "fits"), [(2, True), (4, True), (3, False), (8, False), (1, False)])
+def test_weights_stay_sharded_over_a_part_of_the_ranks(near: int, fits: bool) -> None:
+    parallel = ParallelConfig(reshard_after_forward=near)
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match=r"reshard_after_forward=.*the 8 ranks"):
+        mesh_shape(parallel, 8)
 
 
 def test_ranks_from_the_environment() -> None:

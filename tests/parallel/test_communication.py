@@ -13,6 +13,7 @@ from fusiontrain.config.schema import Config
 from fusiontrain.models.build import build_model, declare_model, first_weights
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import build_mesh, read_ranks
+from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.traffic import Traffic
 from fusiontrain.testing.training import lmfusion_config, make_sequences, split, write_base
@@ -103,3 +104,33 @@ def test_volume_is_that_of_the_theory(world_size: int, micro_batches: int, overr
         states += state_bytes
     copies = world_size if config.parallel.dp_shard == 1 else config.parallel.dp_replicate
     assert states == copies * 2 * 4 * trained, "AdamW's moments are those of what trains, and of nothing else"
+
+
+def order_of_work(config: Config) -> list[str]:
+    """All-gathers and blocks of a forward and backward, in the order in which the CPU starts them."""
+    ranks, model, events = read_ranks(), declare_model(config), []
+    parallelize(model, model.plan(), config.parallel, build_mesh(config.parallel, ranks), ranks.device, first_weights(config, model))
+
+    class Recorder(Traffic):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "allgather" in str(function):
+                events.append("gather")
+            return super().__torch_dispatch__(function, types, args, kwargs)
+
+    for index, block in enumerate(model.blocks):
+        block.attention.register_forward_pre_hook(lambda *_, index=index: events.append(f"block {index}"))
+        block.attention.register_full_backward_hook(lambda *_, index=index: events.append(f"back {index}"))
+    with Recorder():
+        accumulate_gradients(model, split(make_sequences(["mixed"] * 2, config), config, ranks.rank, 2, 1), WEIGHTS, {"text": 1, "image": 1}, 2, ranks.device)
+    return events
+
+
+def test_prefetch_starts_gathering_earlier() -> None:
+    four = tiny_config({"model.num_layers": 4, "model.image": {"patcher": "linear"}})
+    in_turn = shared_pool().run(order_of_work, 2, four)[0]
+    assert in_turn[:5] == ["gather", "gather", "block 0", "gather", "block 1"], "the root, then each block before it runs"
+    ahead = four.model_copy(update={"parallel": four.parallel.model_copy(update={"forward_prefetch": 2, "backward_prefetch": 3})})
+    early = shared_pool().run(order_of_work, 2, ahead)[0]
+    assert early[:7] == ["gather"] * 4 + ["block 0", "gather", "block 1"], "two blocks ahead"
+    assert early.index("back 3") - early.index("block 3") > in_turn.index("back 3") - in_turn.index("block 3"), "and in the backward"
+    assert early.count("gather") == in_turn.count("gather")

@@ -307,6 +307,10 @@ def test_what_only_the_ranks_and_the_disk_can_tell(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         check_config(config, 3)
     assert "nowhere matches no tar file" in str(caught.value) and "global_batch_sequences=4" in str(caught.value)
+    for ranks, micro, nearest in ((3, None, "the nearest is 3 or 6"), (8, None, "the nearest is 8"), (1, 3, "the nearest is 3 or 6")):
+        with pytest.raises(UserError, match=nearest):
+            check_config(world_config(folder, {"train.micro_batch_sequences": micro}), ranks)
+    check_config(world_config(folder), 4)
 
 
 def test_training_on_text_alone_beside_a_frozen_text_side_says_that_nothing_learns(folder: Path) -> None:
