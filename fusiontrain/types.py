@@ -5,8 +5,9 @@ Legend of dims, used in every shape comment:
     F feed-forward width          V vocabulary         M modalities      G slices of the batch
     N continuous tokens (image patches)                C numbers per continuous token           I images
 
-Modality-major layout: the T tokens lie as `[all text tokens | all image tokens]`; inside a slice, documents and tokens keep
-their reading order. Where a token stands in its document is metadata (`doc_ids`, `order_ids`, `position_ids`), never storage.
+Modality-major layout: the T tokens lie as `[all text tokens | all image tokens]`, where text is frozen as `[text that no image of
+its document comes before | other text | all image tokens]`; inside a slice, documents and tokens keep their reading order. Where a
+token stands in its document is metadata (`doc_ids`, `order_ids`, `position_ids`), never storage.
 """
 
 from __future__ import annotations
@@ -133,6 +134,9 @@ class Batch:
     position_ids     [T] int32       rotary position
     key_ranges       [T, G, 2] int32 the keys [lo, hi) of each slice that a query may see (absolute rows)
     query_ranges     [T, G, 2] int32 the transpose: the queries [lo, hi) of each slice that may see a key
+    num_prefix_rows  rows of the first slice where it holds, besides padding, the text that no image of its document comes before; they see one
+                     another alone. 0 where such text is not told apart; host number
+    num_prefix_labels  labelled rows among them; host number
     payloads         by modality name, for continuous modalities (present also when empty)
     target_counts    by modality name: text = labelled tokens, image = target images of this micro-batch; host numbers
     token_counts     by modality name: tokens without padding; host numbers
@@ -152,6 +156,8 @@ class Batch:
     position_ids: torch.Tensor
     key_ranges: torch.Tensor
     query_ranges: torch.Tensor
+    num_prefix_rows: int
+    num_prefix_labels: int
     payloads: dict[str, Payload]
     target_counts: dict[str, int]
     token_counts: dict[str, int]

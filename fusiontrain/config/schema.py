@@ -184,6 +184,9 @@ class ParallelConfig(Section):
     backward_prefetch: int = Field(1, ge=1, description="blocks whose gathering starts ahead in the backward")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; parameters and reductions are float32")
     activation_checkpointing: Literal["none", "full"] = "none"
+    frozen_prefix: bool = Field(
+        True, description="with frozen text: text that no image of its document comes before runs forward only; false: like all text, for comparison"
+    )
     compile: bool = False
     timeout_seconds: int = Field(300, ge=1, description="a collective that takes longer ends the run")
 

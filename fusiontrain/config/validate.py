@@ -52,6 +52,11 @@ def uses_images(config: Config) -> bool:
     return "image" in config.data.modalities and config.data.image.representation != "codes"
 
 
+def has_frozen_prefix(config: Config) -> bool:
+    """Whether text that no image of its document comes before runs forward only: nothing that trains comes before it."""
+    return config.parallel.frozen_prefix and config.model.recipe == "lmfusion" and config.model.freeze_text and uses_images(config)
+
+
 def image_tokens(config: Config) -> int | None:
     """Patches of one picture, the most that it may have, or None where they depend on the files (latents made ahead of time)."""
     image = config.data.image

@@ -37,6 +37,9 @@ class BatchArrays:
     payloads: dict[str, dict[str, np.ndarray]]
     grids: dict[str, tuple[tuple[int, int], ...]]
     bounds: tuple[int, ...]
+    slice_bounds: tuple[int, ...]
+    num_prefix_rows: int
+    num_prefix_labels: int
     target_counts: dict[str, int]
     token_counts: dict[str, int]
     sources: tuple[SourceRef, ...]
@@ -66,9 +69,12 @@ class _Reading:
     num_segments: int = 0
 
 
-def batch_arrays(sequences: Sequence[PackedSequence], data: DataConfig, allocate: Allocate = np.empty) -> BatchArrays:
-    """One micro-batch of `sum of sequence.length` rows, modality-major, padding at the end of the text slice.
+def batch_arrays(
+    sequences: Sequence[PackedSequence], data: DataConfig, allocate: Allocate = np.empty, frozen_prefix: bool = False
+) -> BatchArrays:
+    """One micro-batch of `sum of sequence.length` rows, modality-major, padding at the end of the first slice.
 
+    frozen_prefix: text that no image of its document comes before has a slice of its own, the first, before all other text.
     allocate(shape, dtype): where the arrays go. `data.document_mask` off: the documents of a sequence see each other as one (rotary positions
     still start anew in each).
     """
@@ -77,9 +83,11 @@ def batch_arrays(sequences: Sequence[PackedSequence], data: DataConfig, allocate
         _add_sequence(reading, sequence, data.document_mask)
     total = sum(sequence.length for sequence in sequences)
     padding = total - sum(reading.lengths)
-    columns, sizes = _columns(reading, padding, allocate)
-    bounds = (0, *itertools.accumulate(sizes))
-    ranges = mask_ranges(columns["doc_ids"], columns["order_ids"], columns["segment_ids"], bounds)
+    columns, slice_sizes = _columns(reading, padding, allocate, frozen_prefix)
+    prefix = slice_sizes[0] if frozen_prefix else 0
+    sizes = [prefix + slice_sizes[1], *slice_sizes[2:]] if frozen_prefix else slice_sizes
+    bounds, slice_bounds = (0, *itertools.accumulate(sizes)), (0, *itertools.accumulate(slice_sizes))
+    ranges = mask_ranges(columns["doc_ids"], columns["order_ids"], columns["segment_ids"], slice_bounds)
     for name, found in zip(("key_ranges", "query_ranges"), ranges, strict=True):
         columns[name] = _stored([found], total, allocate, found.dtype)
     columns["loss_weights"] = _stored([np.ones(total, np.float32)], total, allocate, np.dtype(np.float32))
@@ -89,6 +97,9 @@ def batch_arrays(sequences: Sequence[PackedSequence], data: DataConfig, allocate
         payloads=payloads,
         grids={name: tuple(s.grid for s, _ in reading.segments[name] if s.grid is not None) for name in payloads},
         bounds=bounds,
+        slice_bounds=slice_bounds,
+        num_prefix_rows=prefix,
+        num_prefix_labels=int((columns["labels"][:prefix] != IGNORE_INDEX).sum()),
         target_counts={
             TEXT.name: int((columns["labels"] != IGNORE_INDEX).sum()),
             **{name: int(payload["is_target"].sum()) for name, payload in payloads.items()},
@@ -98,13 +109,13 @@ def batch_arrays(sequences: Sequence[PackedSequence], data: DataConfig, allocate
     )
 
 
-def most_bytes(num_sequences: int, data: DataConfig) -> int:
+def most_bytes(num_sequences: int, data: DataConfig, frozen_prefix: bool = False) -> int:
     """No micro-batch of that many sequences needs more: all tokens are patches, and every image is one patch between two markers."""
-    slices = len(MODALITY_NAMES)
+    slices = len(MODALITY_NAMES) + frozen_prefix
     row = _width([*ROW_DTYPES.values(), "f4"]) + 2 * _width(["i4", "i4"]) * slices  # with the weight and two intervals per slice
     patch = patch_dim(data) * _width(["f4"]) + _width(["i8"]) if IMAGE.name in data.modalities else 0
     images = _width(IMAGE_DTYPES.values()) / 3
-    arrays = len(ROW_DTYPES) + 3 + (2 + len(IMAGE_DTYPES)) * (slices - 1)
+    arrays = len(ROW_DTYPES) + 3 + (2 + len(IMAGE_DTYPES)) * (len(MODALITY_NAMES) - 1)
     return math.ceil(num_sequences * data.sequence_length * (row + patch + images)) + arrays * ALIGNMENT
 
 
@@ -129,8 +140,8 @@ def _add_sequence(reading: _Reading, sequence: PackedSequence, document_mask: bo
             reading.num_documents += 1
 
 
-def _columns(reading: _Reading, padding: int, allocate: Allocate) -> tuple[dict[str, np.ndarray], list[int]]:
-    """The arrays of ROW_DTYPES, modality-major, and the number of rows of each modality."""
+def _columns(reading: _Reading, padding: int, allocate: Allocate, frozen_prefix: bool) -> tuple[dict[str, np.ndarray], list[int]]:
+    """The arrays of ROW_DTYPES, modality-major, and the number of rows of each slice."""
     text = MODALITY_NAMES.index(TEXT.name)
     spans = [*reading.spans, _Span(padding, text, PADDING_DOC_ID, -1, 0, 0)]
     counts, modalities, doc_ids, segment_ids, orders, positions = np.array(spans, np.int64).T
@@ -146,9 +157,19 @@ def _columns(reading: _Reading, padding: int, allocate: Allocate) -> tuple[dict[
         "segment_ids": np.repeat(segment_ids, counts),
         "position_ids": np.repeat(positions, counts) + inside,
     }
-    rows = np.argsort(np.repeat(modalities.astype(np.uint8), counts), kind="stable")
+    slices = np.where(_is_prefix(modalities, doc_ids), 0, modalities + 1) if frozen_prefix else modalities
+    rows = np.argsort(np.repeat(slices.astype(np.uint8), counts), kind="stable")
     columns = {name: _stored([in_reading_order[name][rows]], total, allocate, np.dtype(dtype)) for name, dtype in ROW_DTYPES.items()}
-    return columns, np.bincount(modalities, counts, len(MODALITY_NAMES)).astype(int).tolist()
+    return columns, np.bincount(slices, counts, len(MODALITY_NAMES) + frozen_prefix).astype(int).tolist()
+
+
+def _is_prefix(modalities: np.ndarray, doc_ids: np.ndarray) -> np.ndarray:
+    """Which spans are text that nothing but text of their document comes before; padding is. Spans are in reading order."""
+    is_other = modalities != TEXT.id
+    others_before = np.cumsum(is_other) - is_other
+    heads = np.flatnonzero(np.concatenate([[True], doc_ids[1:] != doc_ids[:-1]]))
+    before_document = np.repeat(others_before[heads], np.diff(heads, append=len(doc_ids)))
+    return ~is_other & (others_before == before_document)
 
 
 def _labels(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:

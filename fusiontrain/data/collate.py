@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fusiontrain.config.schema import Config, DataConfig
+from fusiontrain.config.validate import has_frozen_prefix
 from fusiontrain.data.batch_arrays import BatchArrays, batch_arrays
 from fusiontrain.data.plan.packing import best_fit_decreasing
 from fusiontrain.types import Batch, Document, PackedSequence, Payload
@@ -15,13 +16,14 @@ from fusiontrain.utils.keyed import hash_key
 
 def to_batch(arrays: BatchArrays) -> Batch:
     """The same numbers as tensors, which share the memory of the arrays."""
-    offsets = torch.tensor(arrays.bounds, dtype=torch.int32)
     return Batch(
         **{name: torch.from_numpy(column) for name, column in arrays.columns.items()},
-        modality_offsets=offsets,
+        modality_offsets=torch.tensor(arrays.bounds, dtype=torch.int32),
         modality_bounds=arrays.bounds,
-        slice_offsets=offsets.clone(),
-        slice_bounds=arrays.bounds,
+        slice_offsets=torch.tensor(arrays.slice_bounds, dtype=torch.int32),
+        slice_bounds=arrays.slice_bounds,
+        num_prefix_rows=arrays.num_prefix_rows,
+        num_prefix_labels=arrays.num_prefix_labels,
         payloads={
             modality: Payload(**{name: torch.from_numpy(array) for name, array in payload.items()}, grids=arrays.grids[modality])
             for modality, payload in arrays.payloads.items()
@@ -32,9 +34,9 @@ def to_batch(arrays: BatchArrays) -> Batch:
     )
 
 
-def collate(sequences: Sequence[PackedSequence], data: DataConfig) -> Batch:
+def collate(sequences: Sequence[PackedSequence], data: DataConfig, frozen_prefix: bool = False) -> Batch:
     """One micro-batch of packed sequences; `batch_arrays` says how it is laid out."""
-    return to_batch(batch_arrays(sequences, data))
+    return to_batch(batch_arrays(sequences, data, frozen_prefix=frozen_prefix))
 
 
 def pack_documents(documents: Sequence[Document], config: Config, num_sequences: int | None = None) -> Batch:
@@ -52,4 +54,4 @@ def pack_documents(documents: Sequence[Document], config: Config, num_sequences:
     sequences = [
         PackedSequence(tuple(documents[i] for i in sorted(group)), length, hash_key(config.seed, number)) for number, group in enumerate(groups)
     ]
-    return collate(sequences, config.data)
+    return collate(sequences, config.data, has_frozen_prefix(config))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fusiontrain.config.schema import Config
+from fusiontrain.config.validate import has_frozen_prefix
 from fusiontrain.data.arena import Arena
 from fusiontrain.data.batch_arrays import most_bytes
 from fusiontrain.data.collate import to_batch
@@ -70,7 +71,7 @@ class Loader:
         # The first rank names and counts what indexing found; all judge it, so that all stop together.
         bad_in_index = self._judge_index(quietly=rank > 0)
         self._bad_in_index = bad_in_index if rank == 0 else 0
-        self.builder = Builder(self.sources, config.data, tokenizer)
+        self.builder = Builder(self.sources, config.data, tokenizer, has_frozen_prefix(config))
         self._owns_workers = workers is None
         self.workers = workers or Workers(config.data.num_workers)
         self._runs: list[Ahead] = []
@@ -125,9 +126,8 @@ class Loader:
         share = train.global_batch_sequences // self.world_size
         size = train.micro_batch_sequences or share
         build = self._build_in_thread if data.executor == "threads" else self._build_in_process
-        run = Ahead(
-            self._micro_batches, build, -(-share // size), most_bytes(size, data), data.prefetch_bytes, data.num_workers, torch.cuda.is_available()
-        )
+        most = most_bytes(size, data, self.builder.frozen_prefix)
+        run = Ahead(self._micro_batches, build, -(-share // size), most, data.prefetch_bytes, data.num_workers, torch.cuda.is_available())
         self._runs.append(run)
         try:
             yield from run.steps(step)
@@ -151,7 +151,7 @@ class Loader:
 
     @functools.cached_property
     def _job(self) -> Job:
-        return make_job(self.sources, self.config.data, self.tokenizer)
+        return make_job(self.sources, self.config.data, self.tokenizer, self.builder.frozen_prefix)
 
     def _used(self, built: Built, step: int) -> Batch:
         """A micro-batch that the trainer takes: only now its documents are counted, so that no count depends on what was built ahead.

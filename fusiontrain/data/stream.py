@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusiontrain.config.schema import Config, SourceConfig
+from fusiontrain.config.validate import has_frozen_prefix
 from fusiontrain.data.batch_arrays import most_bytes
 from fusiontrain.data.collate import collate
 from fusiontrain.data.documents import Arrangement, arrange, build_document, draw
@@ -107,7 +108,7 @@ class StreamLoader:
     def _ahead(self, steps: Iterator[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
         """The same, built by a thread some steps ahead, as `data.prefetch_bytes` allows."""
         share = self.config.train.global_batch_sequences // self.world_size
-        depth = steps_ahead(self.data.prefetch_bytes, most_bytes(share, self.data))
+        depth = steps_ahead(self.data.prefetch_bytes, most_bytes(share, self.data, has_frozen_prefix(self.config)))
         pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._pools.append(pool)
         try:
@@ -126,7 +127,7 @@ class StreamLoader:
         for step in itertools.count(start):
             self._step = step + 1
             sequences = [self._sequence(next(groups), hash_key(self.config.seed, step, self.rank, place, _NOISE_DRAW)) for place in range(share)]
-            yield tuple(collate(sequences[first : first + size], self.data) for first in range(0, share, size))
+            yield tuple(collate(sequences[first : first + size], self.data, has_frozen_prefix(self.config)) for first in range(0, share, size))
 
     def _sequence(self, group: list[Waiting], noise_key: int) -> PackedSequence:
         built = [self._build(document) for document in group]

@@ -2,7 +2,8 @@
 
 A multiply-add is two FLOPs. Counted are matrix products and convolutions: each costs one product forward, one more where the gradient
 of its input is needed and one more where its weight trains. Attention is counted on the pairs the mask allows, the LM head on labelled
-rows, nothing on padding. The usual 6ND would bill frozen weights for gradients and image patches for the LM head.
+rows, nothing on padding. The frozen prefix has a forward and no backward, and its keys and values get no gradients.
+The usual 6ND would bill frozen weights for gradients and image patches for the LM head.
 """
 
 from __future__ import annotations
@@ -21,28 +22,37 @@ def count_flops(model: FusionModel, batch: Batch) -> dict[str, int]:
     flops = {modality.name: batch.token_counts[modality.name] * _flops_per_row(model, modality.id, trains) for modality in MODALITIES}
     head = model.text.head_weight
     flops[TEXT.name] += 2 * batch.target_counts.get(TEXT.name, 0) * head.numel() * (1 + trains + head.requires_grad)
+    prefix = model.num_forward_only(batch)
+    if prefix and trains:  # text weights are frozen, so all its backward is gradients of inputs: one product each
+        tokens = int((batch.doc_ids[:prefix] != PADDING_DOC_ID).sum())
+        flops[TEXT.name] -= tokens * _flops_per_row(model, TEXT.id, False) + 2 * batch.num_prefix_labels * head.numel()
     if model.image is not None:
         for grid in batch.payloads[IMAGE.name].grids:
             first, others = model.image.macs_per_image(grid)
             flops[IMAGE.name] += 2 * (2 * first + 3 * others)
-    pairs = allowed_pairs(batch)
-    products = 2 + 4 * trains  # scores and values; backward: gradients of values, probabilities, queries, keys
-    flops["attention"] = 2 * products * pairs * model.shape.num_heads * model.shape.head_dim * model.shape.num_layers
+    # Scores and values; backward: gradients of probabilities and queries for a live query, of values and keys for a live key.
+    products = 2 * allowed_pairs(batch)
+    if trains:
+        products += 2 * allowed_pairs(batch, prefix) + 2 * allowed_pairs(batch, prefix, prefix)
+    flops["attention"] = 2 * products * model.shape.num_heads * model.shape.head_dim * model.shape.num_layers
     return flops
 
 
 def recomputed_flops(model: FusionModel, batch: Batch) -> int:
-    """FLOPs of one more forward of all blocks over `batch`: what activation checkpointing of whole blocks adds to `count_flops`."""
+    """FLOPs of one more forward of all blocks over the rows that have a backward: what checkpointing of whole blocks adds to `count_flops`."""
     linears = [module for module in model.blocks.modules() if isinstance(module, UntiedLinear)]
-    products = sum(batch.token_counts[m.name] * sum(linear[linear.groups[m.id]].weight.numel() for linear in linears) for m in MODALITIES)
-    scores = allowed_pairs(batch) * model.shape.num_heads * model.shape.head_dim * model.shape.num_layers
+    prefix = model.num_forward_only(batch)
+    live = batch.token_counts | {TEXT.name: batch.token_counts[TEXT.name] - int((batch.doc_ids[:prefix] != PADDING_DOC_ID).sum())}
+    products = sum(live[m.name] * sum(linear[linear.groups[m.id]].weight.numel() for linear in linears) for m in MODALITIES)
+    scores = allowed_pairs(batch, prefix) * model.shape.num_heads * model.shape.head_dim * model.shape.num_layers
     return 2 * (products + 2 * scores)
 
 
-def allowed_pairs(batch: Batch) -> int:
-    """Query-key pairs that the mask allows, padding left out."""
-    lengths = (batch.key_ranges[..., 1] - batch.key_ranges[..., 0]).sum(dim=1, dtype=torch.int64)
-    return int(lengths[batch.doc_ids != PADDING_DOC_ID].sum())
+def allowed_pairs(batch: Batch, first_query: int = 0, first_key: int = 0) -> int:
+    """Query-key pairs that the mask allows, of rows from the given ones on, padding left out."""
+    low, high = batch.key_ranges[first_query:].clamp(min=first_key).unbind(-1)
+    lengths = (high - low).sum(dim=1, dtype=torch.int64)
+    return int(lengths[batch.doc_ids[first_query:] != PADDING_DOC_ID].sum())
 
 
 def _flops_per_row(model: FusionModel, modality: int, trains: bool) -> int:

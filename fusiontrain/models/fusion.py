@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from fusiontrain.modality import IMAGE, MODALITY_NAMES, TEXT
 from fusiontrain.models.cache import KVCache
@@ -17,6 +16,7 @@ from fusiontrain.models.kernels import Kernels
 from fusiontrain.models.layers.attention import Attend
 from fusiontrain.models.layers.block import Block
 from fusiontrain.models.layers.layout import Layout, group_rows
+from fusiontrain.models.layers.prefix import Prefix, attend_behind, attend_inside, borders
 from fusiontrain.models.layers.rope import RotaryEmbedding
 from fusiontrain.models.layers.untied import UntiedRMSNorm
 from fusiontrain.models.modalities.image import LinearPatcher
@@ -77,30 +77,62 @@ class FusionModel(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         """The loss of each objective over this micro-batch, summed and not yet divided."""
-        hidden, images = self._hidden(batch)
-        text = _rows(batch, TEXT.id)
-        labels, num_labels = batch.labels[text], batch.target_counts[TEXT.name]
-        terms = {TEXT.name: self.text_objective(hidden[text], self.text.head_weight, labels, batch.loss_weights[text], num_labels)}
+        prefix, hidden, images = self._hidden(batch)
+        terms = {TEXT.name: self._text_loss(prefix, hidden, batch)}
         if self.image is not None and images is not None:
-            prediction = self.image.decode(hidden[_rows(batch, IMAGE.id)], images.patcher_state)
+            num_text = batch.modality_bounds[IMAGE.id] - len(prefix)
+            prediction = self.image.decode(hidden[num_text:], images.patcher_state)
             terms[IMAGE.name] = self.image_objective.loss(prediction, images.payload, images.noise, images.levels)
         return terms
 
+    def _text_loss(self, prefix: torch.Tensor, hidden: torch.Tensor, batch: Batch) -> LossTerm:
+        num_prefix, num_text = len(prefix), batch.modality_bounds[TEXT.id + 1]
+        fixed_labels = batch.num_prefix_labels if num_prefix else 0
+        num_labels = batch.target_counts[TEXT.name] - fixed_labels
+        term = self._next_token(hidden[: num_text - num_prefix], batch, slice(num_prefix, num_text), num_labels)
+        if not fixed_labels:
+            return term
+        fixed = self._next_token(prefix, batch, slice(0, num_prefix), fixed_labels)  # a number to log: no operand has a gradient
+        return LossTerm(term.sum + fixed.sum, term.count + fixed.count)
+
+    def _next_token(self, hidden: torch.Tensor, batch: Batch, rows: slice, num_labels: int) -> LossTerm:
+        return self.text_objective(hidden, self.text.head_weight, batch.labels[rows], batch.loss_weights[rows], num_labels)
+
     def text_logits(self, batch: Batch) -> torch.Tensor:
         """Logits of every text row, [text rows, V]."""
-        hidden, _ = self._hidden(batch)
-        return self.text.logits(hidden[_rows(batch, TEXT.id)])
+        prefix, hidden, _ = self._hidden(batch)
+        num_live = batch.modality_bounds[TEXT.id + 1] - len(prefix)
+        return self.text.logits(torch.cat([prefix, hidden[:num_live]]))
 
-    def _hidden(self, batch: Batch) -> tuple[torch.Tensor, _NoisedImages | None]:
+    def num_forward_only(self, batch: Batch) -> int:
+        """How many of the first rows of a batch need no backward: a host number."""
+        return batch.num_prefix_rows if self.recipe.freezes_text else 0
+
+    def _hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, _NoisedImages | None]:
+        """-> the rows of the frozen prefix [F, D], without gradient, all others [T - F, D], and what the image loss needs."""
         x = self.text.encode(batch.token_ids[_rows(batch, TEXT.id)])
-        images = None
+        num_prefix, images = self.num_forward_only(batch), None
+        prefix_rows, x = x[:num_prefix].detach(), x[num_prefix:]
         if self.image is not None:
             image_rows, images = self._embed_images(batch.payloads[IMAGE.name])
             x = torch.cat([x, image_rows.to(x.dtype)])
-        operator = _attend_outside_graphs if self.kernels.attention == "chunked" else masked_routing_attention
-        attend = partial(operator, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention)
-        layout = self._layout(batch.modality_bounds, batch.modality_offsets, batch.position_ids, x.dtype)
-        return self._run_blocks(x, layout, [attend] * len(self.blocks)), images
+        if not num_prefix:
+            attend = partial(masked_routing_attention, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention)
+            layout = self._layout(batch.modality_bounds, batch.modality_offsets, batch.position_ids, x.dtype)
+            return prefix_rows, self._run_blocks(x, layout, [attend] * len(self.blocks)), images
+        return *self._run_blocks_behind(prefix_rows, x, batch), images
+
+    def _run_blocks_behind(self, prefix_rows: torch.Tensor, x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frozen prefix and the rows behind it, block by block and each to the end."""
+        cut, count, impl = borders(batch), len(prefix_rows), self.kernels.attention
+        prefix_layout = self._layout(cut.prefix_bounds, cut.prefix_offsets, batch.position_ids[:count], x.dtype)
+        layout = self._layout(cut.bounds, cut.offsets, batch.position_ids[count:], x.dtype)
+        inside, attend = attend_inside(batch, impl), attend_behind(batch, impl)
+        for block in self.blocks:
+            x, prefix_rows = block(x, layout, attend, Prefix(prefix_rows, prefix_layout, inside))
+        with torch.no_grad():
+            prefix_rows = self.final_norm(prefix_rows, prefix_layout)
+        return prefix_rows, self.final_norm(x, layout)
 
     def _layout(self, bounds: tuple[int, ...], offsets: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype) -> Layout:
         groupings = (self.recipe.attention, self.recipe.feed_forward, self.recipe.final_norm)
@@ -125,7 +157,7 @@ class FusionModel(nn.Module):
 
     def _run_blocks(self, x: torch.Tensor, layout: Layout, attends: Sequence[Attend]) -> torch.Tensor:
         for block, attend in zip(self.blocks, attends, strict=True):
-            x = block(x, layout, attend)
+            x, _ = block(x, layout, attend)
         return self.final_norm(x, layout)
 
     # ---------------------------------------------------------------- generation
@@ -186,7 +218,7 @@ class FusionModel(nn.Module):
         blocks = tuple(f"blocks.{i}" for i in range(len(self.blocks)))
         return ModelPlan(
             shard_units=blocks,
-            recompute=blocks,
+            recompute=tuple(f"{block}.forward_live" for block in blocks),
             frozen=tuple(name for name, _ in self.named_parameters() if self._is_frozen(name)),
             forward_methods=("text_logits", "decode_text", "decode_image"),
         )
@@ -195,13 +227,6 @@ class FusionModel(nn.Module):
         if name.startswith("text."):
             return self.recipe.freezes_text
         return bool(self.recipe.frozen_groups & set(name.split(".")[:-1])) and not name.startswith("image.")
-
-
-@_disable_dynamo
-def _attend_outside_graphs(*args: Any, **options: Any) -> torch.Tensor:
-    """For an implementation that cuts its work by numbers it reads from the batch: a compiled block calls it between two graphs, which any
-    batch can use, where with it inside every new cut would be a compilation."""
-    return masked_routing_attention(*args, **options)
 
 
 def _rows(batch: Batch, modality: int) -> slice:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_orig_mod.")
 """What activation checkpointing and torch.compile put into parameter names."""
 
 
 def recompute_activations(model: nn.Module, names: Iterable[str]) -> None:
-    """Wrap the named modules of `model` in place. Their state_dict keys stay as they are; their parameter names do not."""
+    """Let the named methods of modules of `model` forget their activations, in place; names of parameters stay as they are."""
     for name in names:
-        parent, _, child = name.rpartition(".")
+        parent, _, method = name.rpartition(".")
+        module = model.get_submodule(parent)
         # The model draws nothing from global generators (noise is keyed), so there is no generator state to replay.
-        wrapped = checkpoint_wrapper(model.get_submodule(name), checkpoint_impl=CheckpointImpl.NO_REENTRANT, preserve_rng_state=False)
-        model.get_submodule(parent).register_module(child, wrapped)
+        setattr(module, method, partial(checkpoint, getattr(module, method), use_reentrant=False, preserve_rng_state=False))
 
 
 def clean_name(name: str) -> str:

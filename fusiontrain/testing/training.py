@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fusiontrain.config.schema import Config
+from fusiontrain.config.validate import has_frozen_prefix
 from fusiontrain.data.collate import collate
 from fusiontrain.data.world.make import make_world
 from fusiontrain.models.build import build_model
@@ -59,7 +60,7 @@ def split(sequences: Sequence[PackedSequence], config: Config, rank: int, world_
     share = len(sequences) // world_size
     mine = sequences[rank * share : (rank + 1) * share]
     size = share // micro_batches
-    return [collate(mine[first : first + size], config.data) for first in range(0, share, size)]
+    return [collate(mine[first : first + size], config.data, has_frozen_prefix(config)) for first in range(0, share, size)]
 
 
 def full_tensors(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:

@@ -37,3 +37,24 @@ def segments(x: torch.Tensor, bounds: tuple[int, ...]) -> tuple[torch.Tensor, ..
 def join(parts: list[torch.Tensor]) -> torch.Tensor:
     """Segments one behind the other. Empty ones take part, which is what makes their weights' gradients zero and not None."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def by_owner(parts: Sequence[torch.Tensor], offsets: torch.Tensor) -> torch.Tensor:
+    """Of every modality's `parts[m]` [T, ...] the rows that are its own: what a traced reference does in place of `segments`, because then its
+    graph holds for any borders. Each part is computed for all rows."""
+    rows = torch.arange(len(parts[0]), device=offsets.device).view(-1, *[1] * (parts[0].dim() - 1))
+    out = parts[0]
+    for m in range(1, len(parts)):
+        out = torch.where(rows >= offsets[m], parts[m], out)
+    return out
+
+
+def scatter_live(values: Sequence[torch.Tensor], live: Sequence[bool]) -> list[torch.Tensor | None]:
+    """One entry a modality: the next of the values where it is live, else None."""
+    remaining = iter(values)
+    return [next(remaining) if alive else None for alive in live]
+
+
+def without_none(biases: Sequence[torch.Tensor | None] | None, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One bias a modality, zeros where there is None, or no biases at all: what an operator can be given."""
+    return [] if biases is None else [weights[0].new_zeros(len(weights[0])) if bias is None else bias for bias in biases]

@@ -55,7 +55,7 @@ def test_ragged_rows_in_pieces_equal_the_whole_forward(model) -> None:
         behind.append(read_tokens(model, cache, following))
     for row, doc in enumerate(documents):
         batch = batch_of([doc], CONFIG)
-        hidden, images = model._hidden(batch)
+        _, hidden, images = model._hidden(batch)
         logits = model.text.logits(hidden[: batch.modality_bounds[1]])
         ends = np.cumsum([len(part[row]) for part in (texts, after, last)]) - 1
         for end, actual in zip(ends, behind, strict=True):

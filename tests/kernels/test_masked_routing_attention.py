@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontrain_kernels.masked_routing_attention import chunked, masked_routing_attention
+from fusiontrain_kernels.masked_routing_attention import attend_chunk, chunked, chunked_plan, masked_routing_attention
 from fusiontrain_kernels.masked_routing_attention.kept import Kept
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}
@@ -80,7 +80,7 @@ def by_loops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.T
 
 @pytest.fixture(params=[5, 64])
 def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(chunked, "CHUNK_ROWS", request.param)
+    monkeypatch.setattr(chunked_plan, "CHUNK_ROWS", request.param)
     return request.param
 
 
@@ -107,12 +107,26 @@ def test_scale_is_used(impl: str) -> None:
 def test_chunked_equals_reference_forward_and_backward(seed: int, num_slices: int, rows: int) -> None:
     layout = random_layout(seed, num_slices)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CHUNK_ROWS", rows)
+        patch.setattr(chunked_plan, "CHUNK_ROWS", rows)
         results = []
         for impl in ("reference", "chunked"):
             leaves = [tensor.requires_grad_() for tensor in inputs(len(layout.allowed), 4, 2)]
             out = masked_routing_attention(*leaves, layout.key_ranges, layout.query_ranges, impl=impl)
             results.append((out, *torch.autograd.grad((out * out.detach().cos()).sum(), leaves)))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_chunks_by_the_formula_as_where_torch_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, with rows that see nothing."""
+    layout = random_layout(4, 3)
+    layout.key_ranges[2:5] = 0
+    results = []
+    for has_kernel in (True, False):
+        monkeypatch.setattr(attend_chunk, "_has_kernel", lambda q, has_kernel=has_kernel: has_kernel)
+        leaves = [tensor.requires_grad_() for tensor in inputs(len(layout.allowed), 4, 2)]
+        out, lse = masked_routing_attention(*leaves, layout.key_ranges, layout.query_ranges, return_lse=True, impl="chunked")
+        results.append((out, lse, *torch.autograd.grad((out * out.detach().cos()).sum(), leaves)))
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
@@ -138,7 +152,7 @@ def test_gradcheck(impl: str, chunk_rows: int) -> None:
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize("blind", [slice(2, 3), slice(0, 5), slice(0, 9)], ids=["one", "a chunk", "all"])
 def test_a_query_without_keys_gives_zeros_and_no_gradient(impl: str, blind: slice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(chunked_plan, "CHUNK_ROWS", 5)
     key_ranges = torch.tensor([[[0, 9]]] * 9, dtype=torch.int32)
     key_ranges[blind] = 4
     leaves = [tensor.requires_grad_() for tensor in inputs(9, 2, 1, torch.float32)]
@@ -175,23 +189,23 @@ def test_text_rows_keep_their_bits_whatever_the_other_slices_hold(num_image: int
 def test_no_mask_where_every_query_sees_every_key() -> None:
     """An image of whole chunks behind its text: the fast path that images get."""
     ranges = torch.tensor([[[0, row + 1], [6, 6]] for row in range(6)] + [[[0, 6], [6, 134]]] * 128, dtype=torch.int32)
-    plan = chunked._make_plan(ranges)
-    assert plan.num_rows == [6, 64, 64]
-    assert plan.num_keys == [6, 134, 134]
-    assert [mask is None for mask in plan.masks] == [False, True, True]
+    plan = chunked_plan.make_plan(ranges)
+    assert [chunk.rows for chunk in plan] == [(0, 6), (6, 70), (70, 134)]
+    assert [chunk.keys for chunk in plan] == [[(0, 6)], [(0, 134)], [(0, 134)]]
+    assert [chunk.all_seen for chunk in plan] == [False, True, True]
 
 
 def test_work_grows_with_what_is_seen_not_with_the_square() -> None:
-    """64 documents of 32 tokens: a chunk of two documents gathers 64 keys, not 2048."""
+    """64 documents of 32 tokens: a chunk of two documents takes 64 keys, not 2048."""
     ranges = torch.tensor([[[row // 32 * 32, row + 1]] for row in range(2048)], dtype=torch.int32)
-    assert chunked._make_plan(ranges).num_keys == [64] * 32
+    assert [chunk.keys for chunk in chunked_plan.make_plan(ranges)] == [[(64 * i, 64 * (i + 1))] for i in range(32)]
 
 
 def test_one_plan_per_key_ranges_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, other = random_layout(5), random_layout(5)
     qkv = inputs(len(layout.allowed), 2, 1, torch.float32)
     made = []
-    monkeypatch.setattr(chunked, "_plan_of", Kept(lambda ranges: made.append(1) or chunked._make_plan(ranges)))
+    monkeypatch.setattr(chunked, "plan_of", Kept(lambda ranges: made.append(1) or chunked_plan.make_plan(ranges)))
 
     def attend(ranges: torch.Tensor) -> torch.Tensor:
         return masked_routing_attention(*qkv, ranges, layout.query_ranges, impl="chunked")
@@ -208,13 +222,13 @@ def test_one_plan_per_key_ranges_until_they_change(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_plan_lives_no_longer_than_its_key_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_plan_of", Kept(chunked._make_plan))
+    monkeypatch.setattr(chunked, "plan_of", Kept(chunked_plan.make_plan))
     layout = random_layout(5)
     masked_routing_attention(*inputs(len(layout.allowed), 2, 1), layout.key_ranges, layout.query_ranges, impl="chunked")
-    assert len(chunked._plan_of) == 1
+    assert len(chunked.plan_of) == 1
     del layout
     gc.collect()
-    assert len(chunked._plan_of) == 0
+    assert len(chunked.plan_of) == 0
 
 
 def test_unknown_impl_names_the_choices() -> None:

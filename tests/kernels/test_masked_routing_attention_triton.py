@@ -179,7 +179,7 @@ def test_gradcheck() -> None:
 def test_opcheck(grad_rows: torch.Tensor | None) -> None:
     batch = LAYOUTS["below a tile"]
     leaves = inputs(len(batch), 2, 1, 16, torch.float32)[:3]
-    torch.library.opcheck(triton_op._forward_op, (*leaves, batch.key_ranges, batch.query_ranges, grad_rows, 0.5))
+    torch.library.opcheck(triton_op.operator, (*leaves, batch.key_ranges, batch.query_ranges, grad_rows, 0.5))
 
 
 def test_compiles_once_for_all_routings() -> None:

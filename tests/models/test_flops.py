@@ -13,7 +13,7 @@ from fusiontrain.testing.documents import batch_of, document
 from fusiontrain.testing.models import write_tiny_llama
 
 NO_SHAPE = dict.fromkeys(("model.vocab_size", "model.dim", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_dim"))
-MATRIX_PRODUCTS = ("mm", "addmm", "convolution", "convolution_backward", "linear_cross_entropy")
+MATRIX_PRODUCTS = ("mm", "addmm", "segments_gemm", "segments_gemm_backward", "convolution", "convolution_backward", "linear_cross_entropy")
 
 
 def full_batch(config):
@@ -46,11 +46,16 @@ def test_matrix_products_equal_the_counter(recipe, patcher, tmp_path):
 def test_attention_is_billed_for_allowed_pairs_only(tmp_path):
     config = config_of("lmfusion", tmp_path)
     model = build_model(config)
-    batch = batch_of([document([1, 2, 3]), document([4, 5, 258], ("image", 1, 2), [259], seed=1)], config)
+    documents = [document([1, 2, 3]), document([4, 5, 258], ("image", 1, 2), [259], seed=1)]
+    batch = batch_of(documents, config)
     pairs = (1 + 2 + 3) + (1 + 2 + 3 + 5 + 5 + 6)
+    from_live_queries, to_live_keys = 5 + 5 + 6, 2 + 2 + 3
     assert allowed_pairs(batch) == pairs
     heads, head_dim, layers = 4, 8, 2
-    assert count_flops(model, batch)["attention"] == 2 * 6 * pairs * heads * head_dim * layers
+    products = 2 * pairs + 2 * from_live_queries + 2 * to_live_keys
+    assert count_flops(model, batch)["attention"] == 2 * products * heads * head_dim * layers
+    plain = batch_of(documents, config_of("lmfusion", tmp_path, **{"parallel.frozen_prefix": False}))
+    assert count_flops(model, plain)["attention"] == 2 * 6 * pairs * heads * head_dim * layers
 
 
 def test_padding_costs_nothing_and_frozen_weights_cost_less(tmp_path):

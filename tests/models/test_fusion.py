@@ -108,15 +108,16 @@ def naive_hidden(model: FusionModel, rows: torch.Tensor, batch: Batch) -> torch.
     return torch.stack([rms(xs[row], weight("final_norm", row), shape.norm_eps) if row in live else xs[row] for row in range(len(xs))])
 
 
-@pytest.mark.parametrize("separation", ["deep", "shallow", "dense"])
-def test_hidden_states_equal_the_loop_of_the_paper(tmp_path, separation):
-    config = lmfusion_config(tmp_path, **{"model.separation": separation})
+@pytest.mark.parametrize(("separation", "frozen_prefix"), [("deep", True), ("deep", False), ("shallow", True), ("dense", True)])
+def test_hidden_states_equal_the_loop_of_the_paper(tmp_path, separation, frozen_prefix):
+    config = lmfusion_config(tmp_path, **{"model.separation": separation, "parallel.frozen_prefix": frozen_prefix})
     model = randomise(build_model(config))
     batch = batch_of(interleaved_documents(), config)
     rows = []
-    model.blocks[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
-    hidden, _ = model._hidden(batch)
-    expected = naive_hidden(model, rows[0], batch)
+    model.blocks[0].register_forward_pre_hook(lambda _, args: rows.extend([*(prefix.rows for prefix in args[3:]), args[0].detach()]))
+    hidden = torch.cat(model._hidden(batch)[:2])
+    assert len(rows) == 1 + frozen_prefix
+    expected = naive_hidden(model, torch.cat(rows), batch)
     live = batch.doc_ids >= 0
     torch.testing.assert_close(hidden[live].double(), expected[live], atol=2e-5, rtol=2e-4)
 
@@ -214,7 +215,7 @@ def test_an_image_only_batch_trains(patcher):
 def test_image_rows_enter_the_blocks_multiplied_by_their_scale_and_text_rows_as_they_are(tmp_path):
     entered = []
     for scale in (1.0, 3.0):
-        config = lmfusion_config(tmp_path, **{"model.image.input_scale": scale})
+        config = lmfusion_config(tmp_path, **{"model.image.input_scale": scale, "parallel.frozen_prefix": False})
         model, rows = randomise(build_model(config)), []
         model.blocks[0].register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0].detach()))
         batch = batch_of(interleaved_documents(), config)
@@ -241,7 +242,8 @@ def test_decoding_in_pieces_equals_the_whole_forward(tmp_path, input_scale):
     model = randomise(build_model(config))
     after = [EOI, 33, 34, 35]
     doc = document([*WORDS, BOI], IMAGE, after, max_timestep=0.0)
-    expected = model.text_logits(batch_of([doc], config))
+    batch = batch_of([doc], config)
+    expected = model.text_logits(batch)[batch.doc_ids[: batch.modality_bounds[1]] >= 0]
     cache = model.new_cache(1, 40)
     pieces = [model.decode_text(torch.tensor([WORDS]), cache), model.decode_text(torch.tensor([[BOI]]), cache)]
     values = torch.from_numpy(doc.segments[1].values)[None]

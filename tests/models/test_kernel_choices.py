@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fusiontrain.config.schema import Config, KernelsConfig
 from fusiontrain.models.build import build_model
@@ -197,28 +198,26 @@ def test_frozen_text_gives_the_same_bits_with_and_without_images(tmp_path, kerne
 # ---------------------------------------------------------------- compiled
 
 
+PLAIN = {"impl": "reference", "gemm": "grouped_mm", "attention": "sdpa"}
+
+
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("kernels", "num_rows", "patches", "allowed"), [({}, 200, (10, 20, 130), 2), ({"impl": "triton"}, 24, (2, 3, 4), 1)], ids=["auto", "triton"]
+    "kernels", [{}, {"impl": "reference"}, PLAIN, {"impl": "triton", "attention": "chunked"}], ids=["auto", "reference", "plain", "triton"]
 )
-def test_a_compiled_block_takes_any_routing(tmp_path, kernels: dict[str, str], num_rows: int, patches: tuple[int, ...], allowed: int):
-    """At a fixed number of rows Triton kernels need one compilation for all batches. Chunked attention runs between graphs, and what is around
-    it is compiled once for the first borders of modalities and once for all others, however many chunks there are."""
-    rows = {"data.sequence_length": num_rows}
+def test_one_graph_of_a_block_takes_any_routing(tmp_path, kernels: dict[str, str]):
+    """Forward and backward, at a fixed number of rows: no break in the graph and no other compilation, whatever the batch holds."""
+    rows = {"data.sequence_length": 24 if "impl" in kernels else 200}
     config = config_of("lmfusion", tmp_path, rows, **kernels)
-    model, plain, graphs = build_model(config), build_model(config_of("lmfusion", tmp_path, rows, impl="reference")), []
-
-    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
-        graphs[-1].append(graph)
-        return graph.forward
-
-    layouts = [[document(TEXT, ("image", 1, count), seed=count), document([256, 1, 2, 3])] for count in patches]
-    batches = [batch_of(documents, config) for documents in layouts]
-    with torch.no_grad():
-        torch.compiler.reset()
-        model.blocks[0].compile(backend=backend)
-        for batch in batches:
-            graphs.append([])
-            torch.testing.assert_close(model(batch)["text"].sum, plain(batch)["text"].sum, rtol=1e-5, atol=0)
-    assert all(graphs[:allowed])
-    assert not any(graphs[allowed:])
+    model, plain, graphs = build_model(config), build_model(config_of("lmfusion", tmp_path, rows, impl="reference")), CompileCounterWithBackend("aot_eager")
+    layouts = [[document(TEXT, ("image", 1, count), seed=count), document([256, 1, 2, 3])] for count in ([3] if "impl" in kernels else [10, 130])]
+    torch.compiler.reset()
+    model.blocks[0].compile(backend=graphs, fullgraph=True)
+    for documents in (KINDS["mixed"], KINDS["text"], *layouts):
+        batch, gradients = batch_of(documents, config), []
+        for each in (model, plain):
+            each.zero_grad()
+            sum(term.sum for term in each(batch).values()).backward()
+            gradients.append({name: weight.grad for name, weight in each.named_parameters() if weight.grad is not None})
+        assert_same_training(*gradients, 2e-5)
+    assert graphs.frame_count == 1

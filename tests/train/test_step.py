@@ -85,6 +85,7 @@ def base(tmp_path_factory) -> str:
         ["mixed", "mixed", "image", "image"],  # the second rank has no text label
         ["image", "image", "image", "image"],
         ["empty", "empty", "mixed", "text"],  # the first rank has padding alone
+        ["mixed", "text", "text", "mixed"],  # one rank ends with what is frozen, the other begins with it
     ],
     ids=lambda kinds: "-".join(kinds),
 )

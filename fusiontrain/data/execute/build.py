@@ -43,15 +43,15 @@ class Built:
 class Builder:
     """Carries out plans of `sources`."""
 
-    def __init__(self, sources: Sequence[IndexedSource], data: DataConfig, tokenizer: Tokenizer) -> None:
-        self.sources, self.data, self.tokenizer = sources, data, tokenizer
+    def __init__(self, sources: Sequence[IndexedSource], data: DataConfig, tokenizer: Tokenizer, frozen_prefix: bool = False) -> None:
+        self.sources, self.data, self.tokenizer, self.frozen_prefix = sources, data, tokenizer, frozen_prefix
         self.shards = OpenShards()
 
     def build(self, sequences: Sequence[PlannedSequence], allocate: Allocate = np.empty) -> Built:
         """One micro-batch, its arrays in memory from `allocate`. Raises UserError where a shard cannot be opened any more."""
         verdicts: list[BadDocument | None] = []
         packed = [self.read(sequence, verdicts) for sequence in sequences]
-        return Built(batch_arrays(packed, self.data, allocate), tuple(verdicts))
+        return Built(batch_arrays(packed, self.data, allocate, self.frozen_prefix), tuple(verdicts))
 
     def read(self, sequence: PlannedSequence, verdicts: list[BadDocument | None]) -> PackedSequence:
         """The documents of a sequence that are sound; adds a verdict on each that was planned."""

@@ -25,6 +25,7 @@ class Job:
     sources: tuple[SourceConfig, ...]
     data: DataConfig
     tokenizer: Tokenizer
+    frozen_prefix: bool
     index: str
     name: str
 
@@ -63,14 +64,14 @@ class Failure:
     by_user: bool
 
 
-def make_job(sources: Sequence[IndexedSource], data: DataConfig, tokenizer: Tokenizer) -> Job:
+def make_job(sources: Sequence[IndexedSource], data: DataConfig, tokenizer: Tokenizer, frozen_prefix: bool = False) -> Job:
     """The job of building from sources that this process has indexed."""
     configs = tuple(source.config for source in sources)
     # The ids come from the token cache, so a worker needs no vocabulary, and the functions of a tokenizer cannot be sent.
     ids_alone = dataclasses.replace(tokenizer, json=None, encode=_no_tokenizer, decode=_no_tokenizer)
     index = index_digest(sources)
-    name = repr((configs, data.model_dump_json(), tokenizer.fingerprint, index))
-    return Job(configs, data, ids_alone, index, hashlib.sha256(name.encode()).hexdigest())
+    name = repr((configs, data.model_dump_json(), tokenizer.fingerprint, frozen_prefix, index))
+    return Job(configs, data, ids_alone, frozen_prefix, index, hashlib.sha256(name.encode()).hexdigest())
 
 
 def index_digest(sources: Sequence[IndexedSource]) -> str:

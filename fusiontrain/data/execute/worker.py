@@ -77,7 +77,7 @@ def _open(job: Job) -> Builder:
     sources = index_sources(job.sources, job.data, job.tokenizer)
     if index_digest(sources) != job.index:
         raise UserError("data.sources: the shards, or what is excluded of them, have changed since the run began; start it again")
-    return Builder(sources, job.data, job.tokenizer)
+    return Builder(sources, job.data, job.tokenizer, job.frozen_prefix)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from fusiontrain.models.layers.attention import Attend, Attention
 from fusiontrain.models.layers.feed_forward import FeedForward
 from fusiontrain.models.layers.layout import Layout
+from fusiontrain.models.layers.prefix import Prefix
 from fusiontrain.models.layers.untied import UntiedRMSNorm
 from fusiontrain.models.recipes.recipe import Recipe
 from fusiontrain.models.shape import ModelShape
@@ -27,7 +28,27 @@ class Block(nn.Module):
         self.feed_forward_norm = UntiedRMSNorm(recipe.feed_forward, shape.dim, shape.norm_eps)
         self.feed_forward = FeedForward(recipe.feed_forward, shape.dim, shape.ffn_dim)
 
-    def forward(self, x: torch.Tensor, layout: Layout, attend: Attend) -> torch.Tensor:
-        update = self.attention(self.attention_norm(x, layout), layout, attend)
+    def forward(
+        self, x: torch.Tensor, layout: Layout, attend: Attend, prefix: Prefix | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """prefix: F rows that x attends to and that nothing trains -> x and those rows [F, D].
+
+        One call for both, so that an engine gathers the block's weights once. Of the prefix only keys and values stay for the backward.
+        """
+        if prefix is None:
+            return self.forward_live(x, layout, attend), None
+        with torch.no_grad():
+            rows, keys, values = self._compute(prefix.rows, prefix.layout, prefix.attend)
+        return self.forward_live(x, layout, attend, keys, values), rows
+
+    def forward_live(self, x: torch.Tensor, layout: Layout, attend: Attend, *prefix: torch.Tensor) -> torch.Tensor:
+        """The part that an engine may compute again in the backward: rows with a gradient. prefix: keys and values of the rows before them."""
+        return self._compute(x, layout, attend, *prefix)[0]
+
+    def _compute(
+        self, x: torch.Tensor, layout: Layout, attend: Attend, *prefix: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> rows [T, D], and their keys and values [T, K, Dh]."""
+        update, k, v = self.attention(self.attention_norm(x, layout), layout, attend, *prefix)
         normed, x = self.feed_forward_norm.add(x, update, layout)
-        return x + self.feed_forward(normed, layout)
+        return x + self.feed_forward(normed, layout), k, v

@@ -13,10 +13,11 @@ from fusiontrain.models.recipes.recipe import Groups
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows take which of M weights: M + 1 borders, as host numbers and as `offsets` [M + 1] int32 on the rows' device."""
+    """Which rows take which of M weights: M + 1 borders, as numbers, and as [M + 1] int32 on the rows' device and on the host."""
 
     bounds: tuple[int, ...]
     offsets: torch.Tensor
+    host_offsets: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,6 @@ def group_rows(groupings: Iterable[Groups], modality_bounds: tuple[int, ...], mo
 
 def _rows(groups: Groups, bounds: tuple[int, ...], offsets: torch.Tensor) -> Rows:
     kept = [i for i in range(len(bounds)) if i in (0, len(groups)) or groups[i] != groups[i - 1]]
-    if len(kept) == len(bounds):
-        return Rows(bounds, offsets)
-    return Rows(tuple(bounds[i] for i in kept), torch.stack([offsets[i] for i in kept]))
+    if len(kept) < len(bounds):
+        bounds, offsets = tuple(bounds[i] for i in kept), torch.stack([offsets[i] for i in kept])
+    return Rows(bounds, offsets, offsets if offsets.is_cpu else torch.tensor(bounds, dtype=torch.int32))

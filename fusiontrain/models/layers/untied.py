@@ -31,8 +31,8 @@ class UntiedLinear(nn.ModuleDict):
         return [linear.weight for linear in self.values()]
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        rows = layout.rows[self.groups]
-        return modality_gemm(x, self.weights, rows.bounds, offsets=rows.offsets, impl=layout.kernels.gemm)
+        rows, impl = layout.rows[self.groups], layout.kernels.gemm
+        return modality_gemm(x, self.weights, rows.bounds, offsets=rows.host_offsets if impl == "segments" else rows.offsets, impl=impl)
 
 
 class UntiedRMSNorm(nn.ModuleDict):

@@ -26,7 +26,6 @@ from fusiontrain.train.estimate.traffic import Channel, TrafficCounter
 from fusiontrain.train.optim import build_optimizer, embedding_names
 from fusiontrain.train.step import accumulate_gradients
 from fusiontrain.types import Batch
-from fusiontrain_kernels.masked_routing_attention import masked_routing_attention
 
 FORWARD, LOSS, BACKWARD, OPTIMIZER = PHASES = ("forward", "loss", "backward", "optimizer")
 WEIGHTS, WHOLE_WEIGHTS, GRADIENTS, OPTIMIZER_STATE = "weights", "weights that are whole on every rank", "gradients", "optimizer state"
@@ -62,8 +61,6 @@ def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) 
         tracker, counter = MemoryTracker(), TrafficCounter()
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             model = build_model(config)
-        _read_mask(batch, model.kernels.attention)
-        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             _hook_phases(model, tracker, counter)
             embeddings = embedding_names(model)
             # Fake tensors are on the CPU already, and Module.to would swap them, which they refuse.
@@ -100,13 +97,6 @@ def fake_group(config: Config, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _read_mask(batch: Batch, attention: str) -> None:
-    """An implementation that cuts its work by the mask's numbers reads them once per batch: now, as fake tensors have none."""
-    rows = torch.zeros(batch.num_tokens, 1, 1)
-    if attention == "chunked":
-        masked_routing_attention(rows, rows, rows, batch.key_ranges, batch.query_ranges, impl=attention)
-
-
 def _hook_phases(model: FusionModel, tracker: MemoryTracker, counter: TrafficCounter) -> None:
     """Let the model's own forward, and the gradients that pass its blocks, say when a moment begins."""
 
@@ -123,9 +113,9 @@ def _hook_phases(model: FusionModel, tracker: MemoryTracker, counter: TrafficCou
     for number, block in enumerate(model.blocks[:-1]):
         part = "blocks between" if number else "first block"
 
-        def on_gradient(module: nn.Module, inputs: Any, output: torch.Tensor, part: str = part) -> None:
-            if output.requires_grad:
-                output.register_hook(lambda _: begin(BACKWARD, part))
+        def on_gradient(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, Any], part: str = part) -> None:
+            if output[0].requires_grad:
+                output[0].register_hook(lambda _: begin(BACKWARD, part))
 
         block.register_forward_hook(on_gradient)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusiontrain.config.schema import Config
-from fusiontrain.config.validate import image_tokens, uses_images
+from fusiontrain.config.validate import has_frozen_prefix, image_tokens, uses_images
 from fusiontrain.data.collate import collate
 from fusiontrain.data.index.cache import index_sources, reading
 from fusiontrain.data.index.files import by_folder, look_up
@@ -37,12 +37,12 @@ class Workload:
 
     def batches(self, config: Config) -> list[Batch]:
         """One batch per sequence."""
-        return [collate([sequence], config.data) for sequence in self.sequences]
+        return [collate([sequence], config.data, has_frozen_prefix(config)) for sequence in self.sequences]
 
     def largest_batch(self, config: Config, num_sequences: int) -> Batch:
         """A micro-batch of the sequences with the most image tokens, which need the most memory where text is frozen."""
         by_images = sorted(self.sequences, key=lambda sequence: -sum(_tokens(document, IMAGE.name) for document in sequence.documents))
-        return collate([by_images[n % len(by_images)] for n in range(num_sequences)], config.data)
+        return collate([by_images[n % len(by_images)] for n in range(num_sequences)], config.data, has_frozen_prefix(config))
 
 
 def workload(config: Config, patch_dim: int, text_tokens: int | None, image_tokens: int | None) -> Workload:

@@ -48,7 +48,12 @@ class Arguments(NamedTuple):
         """q, k and v such that autograd gives the rows outside `grad_rows` zeros."""
         if self.grad_rows is None:
             return self.q, self.k, self.v
-        rows = torch.arange(len(self.q), device=self.q.device)[:, None]
-        wanted = ((rows >= self.grad_rows[:, 0]) & (rows < self.grad_rows[:, 1])).any(1)[:, None, None]
+        wanted = wanted_rows(self.grad_rows, len(self.q))[:, None, None]
         q, k, v = (torch.where(wanted, tensor, tensor.detach()) for tensor in (self.q, self.k, self.v))
         return q, k, v
+
+
+def wanted_rows(grad_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """[N, 2] -> [T] bool, whether a row is in any of the intervals."""
+    rows = torch.arange(num_rows, device=grad_rows.device)[:, None]
+    return ((rows >= grad_rows[:, 0]) & (rows < grad_rows[:, 1])).any(1)

@@ -1,137 +1,116 @@
-"""masked_routing_attention in chunks of neighbouring queries, each over the few keys that any of them sees. Plain PyTorch, any device.
+"""masked_routing_attention in chunks of neighbouring queries, each over the few keys that any of them sees. PyTorch alone, any device.
 
-The plan of a call (which chunks, which keys, which masks) depends on `key_ranges` alone and is read by the host, which on a GPU waits for
-the device. It is made once per `key_ranges` tensor. Making it breaks torch.compile's graph: not for fullgraph=True.
+The plan of a call (which chunks, which keys) depends on `key_ranges` alone and is read by the host, which on a GPU waits for the device; it is
+made once per `key_ranges` tensor. All of it happens inside one operator, so torch.compile sees no numbers.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-from torch._compile import _disable_dynamo
-from torch.nn import functional as F
 
-from fusiontrain_kernels.masked_routing_attention.arguments import Arguments
-from fusiontrain_kernels.masked_routing_attention.kept import Kept
-from fusiontrain_kernels.masked_routing_attention.reference import masked_lse, scaled_scores
-
-CHUNK_ROWS = 64
-"""Queries per chunk. On one CPU core 64 beats 32 (overhead of calls) and 128 (keys that few of the queries see)."""
+from fusiontrain_kernels.masked_routing_attention import attend_chunk
+from fusiontrain_kernels.masked_routing_attention.arguments import Arguments, wanted_rows
+from fusiontrain_kernels.masked_routing_attention.chunked_plan import Chunk, Span, plan_of
+from fusiontrain_kernels.masked_routing_attention.registration import register
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """num_rows: queries of each chunk. num_keys: keys of each chunk. keys [sum of num_keys] int64: their rows, chunk after chunk.
-    masks: per chunk [queries, keys] bool, or None where every query sees every key. rows: per chunk the intervals of rows that are in it, its
-    queries first."""
-
-    num_rows: list[int]
-    num_keys: list[int]
-    keys: torch.Tensor
-    masks: list[torch.Tensor | None]
-    rows: list[list[tuple[int, int]]]
-
-
-def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See the package. Memory is that of the keys of all chunks, and of one chunk's scores; lse computes the scores once more."""
-    q, k, v = given.held()
-    if len(q) == 0:
-        return torch.zeros_like(q), scaled_scores(q, k, given.scale).sum(-1)
-    plan = _plan_of(given.key_ranges)
-    wanted = _wanted(plan, given.grad_rows)
-    # One gather and one split each: a gather per chunk would make the backward fill a [T, K, Dh] buffer per chunk.
-    chunks = zip(q.split(plan.num_rows), k[plan.keys].split(plan.num_keys), v[plan.keys].split(plan.num_keys), plan.masks, strict=True)
-    outs, lses = [], []
-    for chunk, has_gradient in zip(chunks, wanted, strict=True):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and has_gradient):
-            outs.append(_attend(*chunk, given.scale))
-            if given.return_lse:
-                lses.append(_lse(chunk[0], chunk[1], chunk[3], given.scale))
-    out = torch.cat(outs)
-    lse = torch.cat(lses, dim=1) if lses else None
-    if not any(wanted):  # zeros for gradients, not an error
-        scores = q[:0].sum() + k[:0].sum()
-        out = out + (scores + v[:0].sum())
-        lse = None if lse is None else lse + scores
+def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the package. Sums are in float32 at least. Memory beside the results: float32 copies of 16-bit tensors, and one chunk's mask."""
+    out, lse = operator(*given[:5], given.grad_rows, given.scale)
     return out, lse
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """q [n, H, Dh], k and v [m, K, Dh], mask [n, m] -> [n, H, Dh]."""
-    if len(k) == 0:  # zeros that still depend on all three, so that their gradients are zero and not None
-        return torch.zeros_like(q) + (q[:0].sum() + k.sum() + v.sum())
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_ranges: torch.Tensor, query_ranges: torch.Tensor, grad_rows: torch.Tensor | None,
+    scale: float, out: torch.Tensor, lse: torch.Tensor,
+) -> None:  # fmt: skip
+    """Writes out [T, H, Dh] and lse [H, T]."""
+    q, k, v = (_wide(tensor) for tensor in (q, k, v))
+    num_kv_heads = k.shape[1]
+    for chunk, bias in _chunks(key_ranges, q, num_kv_heads):
+        rows = slice(*chunk.rows)
+        if not chunk.keys:
+            out[rows], lse[:, rows] = 0, -torch.inf
+            continue
+        found, found_lse = attend_chunk.forward(_by_kv_head(q[rows], num_kv_heads), _keys(k, chunk.keys), _keys(v, chunk.keys), bias, scale)
+        out[rows] = _by_row(found, q.shape[1])
+        lse[:, rows] = found_lse.reshape(q.shape[1], -1)
 
 
-def _lse(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """-> [H, n]."""
-    scores = scaled_scores(q, k, scale)
-    if len(k) == 0:
-        return scores.sum(-1) - torch.inf
-    return scores.logsumexp(-1) if mask is None else masked_lse(scores, mask)
+def backward(
+    d_out: torch.Tensor, d_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_ranges: torch.Tensor,
+    query_ranges: torch.Tensor, grad_rows: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, scale: float,
+    dq: torch.Tensor | None, dkdv: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:  # fmt: skip
+    """Writes dq, dk and dv as far as they are given; chunks of which no gradient is wanted are skipped."""
+    d_out, q, k, v, out = (_wide(tensor) for tensor in (d_out, q, k, v, out))
+    num_heads, num_kv_heads = q.shape[1], k.shape[1]
+    sums = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    intervals = None if grad_rows is None else grad_rows.tolist()
+    for chunk, bias in _chunks(key_ranges, q, num_kv_heads, intervals):
+        if not chunk.keys:
+            continue
+        rows = slice(*chunk.rows)
+        d_lse_rows = None if d_lse is None else d_lse[:, rows].reshape(num_kv_heads, -1)
+        grads = attend_chunk.backward(
+            _by_kv_head(d_out[rows], num_kv_heads), d_lse_rows, _by_kv_head(q[rows], num_kv_heads), _keys(k, chunk.keys), _keys(v, chunk.keys), bias,
+            _by_kv_head(out[rows], num_kv_heads), lse[:, rows].reshape(num_kv_heads, -1), scale,
+        )  # fmt: skip
+        sums[0][rows] = _by_row(grads[0], num_heads)
+        for total, grad in zip(sums[1:], grads[1:], strict=True):
+            _add_keys(total, grad, chunk.keys)
+    for result, total in zip((dq, *(dkdv or (None, None))), sums, strict=True):
+        if result is not None:
+            result.copy_(total if grad_rows is None else total.masked_fill_(~wanted_rows(grad_rows, len(q))[:, None, None], 0))
 
 
-@_disable_dynamo
-def _wanted(plan: _Plan, grad_rows: torch.Tensor | None) -> list[bool]:
-    """Per chunk, whether any gradient is asked for of any of its rows."""
-    if grad_rows is None:
-        return [True] * len(plan.rows)
-    intervals = grad_rows.tolist()
-    return [any(first < end and begin < last for first, last in rows for begin, end in intervals) for rows in plan.rows]
+def _chunks(
+    key_ranges: torch.Tensor, q: torch.Tensor, num_kv_heads: int, intervals: list[list[int]] | None = None
+) -> Iterator[tuple[Chunk, torch.Tensor | None]]:
+    """Those of which a gradient is wanted, and what to add to their scores: [queries of all heads of a key head, keys], or nothing."""
+    for chunk in plan_of(key_ranges) if len(q) else []:
+        if chunk.wants_gradient(intervals):
+            bias = None if chunk.all_seen or not chunk.keys else _bias(key_ranges[slice(*chunk.rows)], chunk.keys, q.dtype)
+            yield chunk, None if bias is None else bias.repeat(q.shape[1] // num_kv_heads, 1)
 
 
-def _make_plan(key_ranges: torch.Tensor) -> _Plan:
-    key_ranges = key_ranges.clamp(0, len(key_ranges))
-    num_rows = _chunk_sizes(key_ranges)
-    empty = key_ranges[..., :1] >= key_ranges[..., 1:]
-    limits = torch.iinfo(key_ranges.dtype)
-    ranges = torch.where(empty, key_ranges.new_tensor([limits.max, limits.min]), key_ranges)  # [T, G, 2]
-    chunk_of_row = torch.repeat_interleave(torch.tensor(num_rows, device=ranges.device))[:, None, None].expand_as(ranges)
-    extremes = ranges.new_zeros(2, len(num_rows), *ranges.shape[1:])
-    extremes[0].scatter_reduce_(0, chunk_of_row, ranges, "amin", include_self=False)
-    extremes[1].scatter_reduce_(0, chunk_of_row, ranges, "amax", include_self=False)
-    smallest, largest = extremes.tolist()
-
-    num_keys, keys, masks, rows = [], [], [], []
-    starts = itertools.accumulate(num_rows, initial=0)
-    for start, chunk_ranges, low, high in zip(starts, ranges.split(num_rows), smallest, largest, strict=False):
-        spans = _union((low[g][0], high[g][1]) for g in range(len(low)) if low[g][0] < high[g][1])
-        rows.append([(start, start + len(chunk_ranges)), *spans])
-        columns = torch.cat([torch.arange(*span, device=ranges.device) for span in spans]) if spans else ranges.new_empty(0, dtype=torch.int64)
-        keys.append(columns)
-        num_keys.append(len(columns))
-        all_alike = low == high
-        masks.append(None if all_alike else ((columns >= chunk_ranges[..., :1]) & (columns < chunk_ranges[..., 1:])).any(dim=1))
-    return _Plan(num_rows, num_keys, torch.cat(keys), masks, rows)
+def _bias(key_ranges: torch.Tensor, keys: list[Span], dtype: torch.dtype) -> torch.Tensor:
+    """[n, G, 2] -> [n, m]: 0 where the query sees the key, else -inf."""
+    columns = torch.cat([torch.arange(*span, dtype=key_ranges.dtype, device=key_ranges.device) for span in keys])
+    seen = torch.zeros(len(key_ranges), len(columns), dtype=torch.bool, device=columns.device)
+    for low, high in (interval.split(1, dim=1) for interval in key_ranges.unbind(1)):
+        seen |= (columns >= low) & (columns < high)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
-def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """As few as hold the same rows, in ascending order: a key must not be gathered twice."""
-    found: list[tuple[int, int]] = []
-    for low, high in sorted(spans):
-        if found and low <= found[-1][1]:
-            found[-1] = (found[-1][0], max(high, found[-1][1]))
-        else:
-            found.append((low, high))
-    return found
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 at least: on a CPU its kernels are no slower than those for 16 bits, which convert every tile again."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _chunk_sizes(key_ranges: torch.Tensor) -> list[int]:
-    """CHUNK_ROWS each, but no chunk lies in two slices.
-
-    So what other slices hold cannot change the order in which a row's sum is taken, nor its last bit; and images that are multiples of a
-    chunk need no masks. The slice of a row is the one in which it sees itself.
-    """
-    rows = torch.arange(len(key_ranges), device=key_ranges.device)[:, None]
-    sees_itself = (key_ranges[..., 0] <= rows) & (rows < key_ranges[..., 1])  # [T, G]
-    changes = (sees_itself[1:] != sees_itself[:-1]).any(dim=1).nonzero().squeeze(1) + 1
-    borders = [0, *changes.tolist(), len(key_ranges)]
-    return [min(CHUNK_ROWS, end - first) for start, end in itertools.pairwise(borders) for first in range(start, end, CHUNK_ROWS)]
+def _by_kv_head(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """[n, H, Dh] -> [K, H / K * n, Dh]."""
+    return x.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
-_plan_of = Kept(_make_plan)
+def _by_row(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[K, H / K * n, Dh] -> [n, H, Dh]."""
+    return x.unflatten(1, (num_heads // len(x), -1)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _keys(x: torch.Tensor, spans: list[Span]) -> torch.Tensor:
+    """[T, K, Dh] -> [K, m, Dh], a view where they lie together."""
+    parts = [x[low:high] for low, high in spans]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
+
+
+def _add_keys(total: torch.Tensor, grad: torch.Tensor, spans: list[Span]) -> None:
+    """total [T, K, Dh] += grad [K, m, Dh] at those rows."""
+    parts = grad.transpose(0, 1).split([high - low for low, high in spans])
+    for (low, high), part in zip(spans, parts, strict=True):
+        total[low:high] += part
+
+
+operator = register("chunked_attention", forward, backward)

@@ -1,4 +1,4 @@
-"""masked_routing_attention by Triton, as a custom operator: launches, autograd, and what torch.compile needs to know of it."""
+"""masked_routing_attention by Triton: launches."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import triton
 
-from fusiontrain_kernels._launch import accumulator, on_device
+from fusiontrain_kernels._launch import accumulator
 from fusiontrain_kernels.masked_routing_attention import configs
 from fusiontrain_kernels.masked_routing_attention import triton_kernels as kernels
 from fusiontrain_kernels.masked_routing_attention.arguments import Arguments
+from fusiontrain_kernels.masked_routing_attention.registration import register
 
 _LOG2_E = 1 / math.log(2)
 
@@ -23,12 +24,11 @@ def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tens
         raise ValueError(f"masked_routing_attention: impl='triton' takes one floating dtype for q, k and v, not {q.dtype}, {k.dtype}, {v.dtype}")
     if q.shape[-1] > max(configs.HEAD_DIMS):
         raise ValueError(f"masked_routing_attention: impl='triton' has no tiles for a head dim of {q.shape[-1]}, at most {max(configs.HEAD_DIMS)}")
-    out, lse = _forward_op(q, k, v, given.key_ranges, given.query_ranges, given.grad_rows, given.scale)
+    out, lse = operator(q, k, v, given.key_ranges, given.query_ranges, given.grad_rows, given.scale)
     return out, torch.where(lse == -torch.inf, -torch.inf, lse / _LOG2_E)  # so that no NaN comes back where a row sees nothing
 
 
-@torch.library.custom_op("fusiontrain::masked_routing_attention", mutates_args=())
-def _forward_op(
+def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -36,79 +36,8 @@ def _forward_op(
     query_ranges: torch.Tensor,
     grad_rows: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _empty_forward(q)
-    with on_device(q):
-        forward(q, k, v, key_ranges, scale, out, lse)
-    return out, lse
-
-
-def _empty_forward(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    num_rows, num_heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(num_heads, num_rows, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@_forward_op.register_fake
-def _(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_forward(q)
-
-
-@torch.library.custom_op("fusiontrain::masked_routing_attention_backward", mutates_args=())
-def _backward_op(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_ranges: torch.Tensor,
-    query_ranges: torch.Tensor,
-    grad_rows: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    need_q: bool,
-    need_kv: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = _empty_backward(q, k, v, need_q, need_kv)
-    with on_device(q):
-        backward(d_out, d_lse, q, k, v, key_ranges, query_ranges, grad_rows, out, lse, scale, dq if need_q else None, (dk, dv) if need_kv else None)
-    return dq, dk, dv
-
-
-def _empty_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, need_q: bool, need_kv: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Without elements where nobody asks: an operator has to return as many tensors every time."""
-    dq, dk, dv = (tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in ((q, need_q), (k, need_kv), (v, need_kv)))
-    return dq, dk, dv
-
-
-@_backward_op.register_fake
-def _(d_out: torch.Tensor, d_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return _empty_backward(q, k, v, *rest[-2:])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, scale = inputs
-    ctx.scale = scale
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    need_kv = need_k or need_v
-    if (d_out is None and d_lse is None) or not (need_q or need_kv):
-        return (None,) * 7
-    saved = ctx.saved_tensors  # once: activation checkpointing refuses to be asked again
-    out = saved[-2]
-    dq, dk, dv = _backward_op(torch.zeros_like(out) if d_out is None else d_out, d_lse, *saved, ctx.scale, need_q, need_kv)
-    return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None, None
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_save)
-
-
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_ranges: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Writes out [T, H, Dh] and lse [H, T], both contiguous. lse is in base 2, of the scaled scores."""
     num_rows, num_heads, _ = q.shape
@@ -185,3 +114,6 @@ def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
 def _sizes(q: torch.Tensor, config: configs.Config) -> dict[str, Any]:
     head_dim = q.shape[-1]
     return {"D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "ACC": accumulator(q), **config._asdict()}
+
+
+operator = register("masked_routing_attention", forward, backward)

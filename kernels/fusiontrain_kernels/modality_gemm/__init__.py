@@ -8,7 +8,7 @@ import torch
 
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton, device_offsets, require_triton
-from fusiontrain_kernels._segments import check_bounds, check_weights
+from fusiontrain_kernels._segments import check_bounds, check_weights, without_none
 from fusiontrain_kernels.modality_gemm import grouped, reference, segments
 from fusiontrain_kernels.swiglu import swiglu
 
@@ -30,16 +30,15 @@ def modality_gemm(
     """`out[r] = x[r] @ weights[m].T + biases[m]` where row r lies in `bounds[m] <= r < bounds[m + 1]`.
 
     x [T, Kin]; weights: M tensors [N, Kin]; bounds: M + 1 host numbers from 0 to T, never decreasing; biases: M tensors [N] or None.
-    offsets [M + 1] int32 on x's device: the same numbers; with them grouped_mm and triton read no bounds, so torch.compile does not
-    specialise on a routing, and neither copies anything to the device. Returns [T, N].
+    offsets [M + 1] int32 on x's device (segments: on the CPU, or they are not used): the same numbers. With them bounds are not read, so that
+    torch.compile does not specialise on a routing, and nothing is copied to the device. Returns [T, N].
 
     Only weights that require a gradient get one computed (grouped_mm: all, if any); a modality without rows gets zeros, not None.
     main_grads (triton only, without biases): M tensors [N, Kin], float32 for example, None where the weight is frozen. The backward adds the
     weights' gradients to them and leaves the weights' own `.grad` alone.
 
     impl: auto (triton on a GPU, else segments), reference, segments (one ATen GEMM per modality; no second derivative), grouped_mm
-    (torch.nn.functional.grouped_mm, weights stacked in every call;
-    under torch.compile bfloat16 alone), triton.
+    (torch.nn.functional.grouped_mm, weights stacked in every call; no second derivative), triton.
     Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and tensors that do not fit each other.
     """
     implementation = choose("modality_gemm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "segments"))
@@ -85,12 +84,12 @@ def _check_count(operator: str, name: str, tensors: Biases, weights: Weights) ->
         raise ValueError(f"{operator}: {name}: {len(tensors)} for {len(weights)} modalities: one for each")
 
 
-def _reference(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: object, main_grads: object) -> torch.Tensor:
-    return reference.modality_gemm(x, weights, bounds, biases)
+def _reference(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: object) -> torch.Tensor:
+    return reference.modality_gemm(x, weights, bounds, biases, offsets)
 
 
-def _segments(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: object, main_grads: object) -> torch.Tensor:
-    return segments.modality_gemm(x, weights, bounds, biases)
+def _segments(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: object) -> torch.Tensor:
+    return segments.modality_gemm(x, weights, bounds, biases, offsets)
 
 
 def _grouped(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | None, offsets: torch.Tensor | None, main_grads: object) -> torch.Tensor:
@@ -109,9 +108,8 @@ def _triton(x: torch.Tensor, weights: Weights, bounds: Bounds, biases: Biases | 
 
     if main_grads is not None:
         _check_main_grads(main_grads, weights, biases)
-    filled = [] if biases is None else [weights[0].new_zeros(len(weights[0])) if bias is None else bias for bias in biases]
     into = [] if main_grads is None else [weight if grad is None else grad for weight, grad in zip(weights, main_grads, strict=True)]
-    return triton_ops.gemm(x, list(weights), filled, _offsets(x, weights, bounds, offsets), into)
+    return triton_ops.gemm(x, list(weights), without_none(biases, weights), _offsets(x, weights, bounds, offsets), into)
 
 
 def _check_main_grads(main_grads: Biases, weights: Weights, biases: Biases | None) -> None:

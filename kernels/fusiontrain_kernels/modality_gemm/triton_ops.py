@@ -8,6 +8,7 @@ import torch
 import triton
 
 from fusiontrain_kernels._launch import accumulator, architecture, nearest, on_device, same_strides, unit_stride
+from fusiontrain_kernels._segments import scatter_live
 from fusiontrain_kernels.modality_gemm import triton_kernels
 from fusiontrain_kernels.modality_gemm.configs import CONFIGS, FLOAT32, SMALL, Config
 from fusiontrain_kernels.swiglu.triton_ops import swiglu_backward
@@ -112,13 +113,8 @@ def accumulate(x: torch.Tensor, grad: torch.Tensor, main_grads: Tensors, offsets
     _wgrad(x, grad, main_grads, [], offsets, live, add=True)
 
 
-def _scatter(values: Sequence[torch.Tensor], live: Sequence[bool]) -> list[torch.Tensor | None]:
-    remaining = iter(values)
-    return [next(remaining) if alive else None for alive in live]
-
-
 def _weight_grads(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, live: Sequence[bool]) -> list[torch.Tensor | None]:
-    return _scatter(wgrad(x, grad, offsets, live, weight.dtype, False), live) if any(live) else [None] * len(live)
+    return scatter_live(wgrad(x, grad, offsets, live, weight.dtype, False), live) if any(live) else [None] * len(live)
 
 
 def _save_gemm(ctx, inputs, output) -> None:
@@ -138,8 +134,8 @@ def _gemm_backward(ctx, grad: torch.Tensor):
         accumulate(x, grad, [into for into, alive in zip(ctx.main_grads, live, strict=True) if alive], offsets, live)
     elif any(live):
         values = wgrad(x, grad, offsets, live, weights[0].dtype, ctx.has_bias)
-        weight_grads = _scatter(values[: sum(live)], live)
-        bias_grads = _scatter(values[sum(live) :], live) if ctx.has_bias else []
+        weight_grads = scatter_live(values[: sum(live)], live)
+        bias_grads = scatter_live(values[sum(live) :], live) if ctx.has_bias else []
     return x_grad, weight_grads, bias_grads, None, [None] * len(ctx.main_grads)
 
 

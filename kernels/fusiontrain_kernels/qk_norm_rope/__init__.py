@@ -35,7 +35,8 @@ def qk_norm_rope(
 
     q [T, H, Dh] and k [T, K, Dh], Dh even; q_weights and k_weights: M tensors [Dh] each, or None for no norm; cos and sin [T, Dh], both
     halves carrying the same angles; all of q's dtype. bounds: M + 1 host numbers from 0 to T. offsets [M + 1] int32 on q's device: the same
-    numbers; with them triton reads no bounds. Returns the new q and k, contiguous. A modality without rows gets zero gradients, not None.
+    numbers; with them triton, and reference under torch.compile, read no bounds. Returns the new q and k, contiguous. A modality without rows
+    gets zero gradients, not None.
 
     impl: auto (triton on a GPU, else reference), reference, triton (turns in float32 at least and rounds once; keeps q and k alone for the
     backward, and not even them where nothing is normed; no gradient for cos and sin).

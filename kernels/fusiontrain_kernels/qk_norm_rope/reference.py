@@ -16,11 +16,11 @@ def norm_rope(
     sin: torch.Tensor,
     bounds: tuple[int, ...],
     eps: float,
-    offsets: object = None,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One of the two tensors, x [T, H, Dh]; see the package."""
     if weights:
-        x = rms_norm(x, weights, bounds, eps)
+        x = rms_norm(x, weights, bounds, eps, offsets)
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * cos[:, None] + turned * sin[:, None]

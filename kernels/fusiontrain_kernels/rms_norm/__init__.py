@@ -21,8 +21,8 @@ def rms_norm(
 
     x [T, D]; weights: M tensors [D]; bounds: M + 1 host numbers from 0 to T, never decreasing. Returns [T, D]. The mean is taken in
     float32 at least, and the normed row is rounded to x's dtype before the weight, as Hugging Face's LlamaRMSNorm does.
-    offsets [M + 1] int32 on x's device: the same numbers; with them triton reads no bounds. A modality without rows gets a zero
-    gradient, not None. impl: auto (triton on a GPU, else reference), reference, triton.
+    offsets [M + 1] int32 on x's device: the same numbers; with them triton, and reference under torch.compile, read no bounds. A modality
+    without rows gets a zero gradient, not None. impl: auto (triton on a GPU, else reference), reference, triton.
     Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and (triton) weights not of x's dtype and width.
     """
     return choose("rms_norm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, None, weights, bounds, eps, offsets)[0]
@@ -43,10 +43,10 @@ def add_rms_norm(
 
 
 def _reference(
-    x: torch.Tensor, residual: torch.Tensor | None, weights: Sequence[torch.Tensor], bounds: Bounds, eps: float, offsets: object
+    x: torch.Tensor, residual: torch.Tensor | None, weights: Sequence[torch.Tensor], bounds: Bounds, eps: float, offsets: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     summed = x if residual is None else x + residual
-    return reference.rms_norm(summed, weights, bounds, eps), summed
+    return reference.rms_norm(summed, weights, bounds, eps, offsets), summed
 
 
 def _triton(

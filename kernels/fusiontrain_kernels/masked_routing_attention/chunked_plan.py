@@ -1,0 +1,76 @@
+"""How the chunked attention cuts its work: which queries go together, and which keys any of them sees."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from fusiontrain_kernels.masked_routing_attention.kept import Kept
+
+CHUNK_ROWS = 64
+"""Queries per chunk. On one CPU core 64 beats 32 (overhead of calls) and 128 (keys that few of the queries see)."""
+
+Span = tuple[int, int]
+"""Rows from the first number to before the second."""
+
+
+class Chunk(NamedTuple):
+    """Its queries; the keys that any of them sees, in ascending order without overlaps; and whether all of them see all of those."""
+
+    rows: Span
+    keys: list[Span]
+    all_seen: bool
+
+    def wants_gradient(self, intervals: list[list[int]] | None) -> bool:
+        """Whether any of its rows is in `intervals`; without them, always."""
+        return intervals is None or any(first < end and begin < last for first, last in (self.rows, *self.keys) for begin, end in intervals)
+
+
+def make_plan(key_ranges: torch.Tensor) -> list[Chunk]:
+    """The chunks of [T, G, 2] in ascending order of rows. Reads `key_ranges` on the host, which on a GPU waits for the device."""
+    key_ranges = key_ranges.clamp(0, len(key_ranges))
+    num_rows = _chunk_sizes(key_ranges)
+    empty = key_ranges[..., :1] >= key_ranges[..., 1:]
+    limits = torch.iinfo(key_ranges.dtype)
+    ranges = torch.where(empty, key_ranges.new_tensor([limits.max, limits.min]), key_ranges)  # [T, G, 2]
+    chunk_of_row = torch.repeat_interleave(torch.tensor(num_rows, device=ranges.device))[:, None, None].expand_as(ranges)
+    extremes = ranges.new_zeros(2, len(num_rows), *ranges.shape[1:])
+    extremes[0].scatter_reduce_(0, chunk_of_row, ranges, "amin", include_self=False)
+    extremes[1].scatter_reduce_(0, chunk_of_row, ranges, "amax", include_self=False)
+    smallest, largest = extremes.tolist()
+    starts = itertools.accumulate(num_rows, initial=0)
+    chunks = []
+    for start, count, low, high in zip(starts, num_rows, smallest, largest, strict=False):
+        keys = _union((low[g][0], high[g][1]) for g in range(len(low)) if low[g][0] < high[g][1])
+        chunks.append(Chunk((start, start + count), keys, all_seen=low == high))
+    return chunks
+
+
+def _union(spans: Iterable[Span]) -> list[Span]:
+    """As few as hold the same rows, in ascending order: a key must not be taken twice."""
+    found: list[Span] = []
+    for low, high in sorted(spans):
+        if found and low <= found[-1][1]:
+            found[-1] = (found[-1][0], max(high, found[-1][1]))
+        else:
+            found.append((low, high))
+    return found
+
+
+def _chunk_sizes(key_ranges: torch.Tensor) -> list[int]:
+    """CHUNK_ROWS each, but no chunk lies in two slices.
+
+    So what other slices hold cannot change the order in which a row's sum is taken, nor its last bit; and images that are multiples of a
+    chunk need no masks. The slice of a row is the one in which it sees itself.
+    """
+    rows = torch.arange(len(key_ranges), device=key_ranges.device)[:, None]
+    sees_itself = (key_ranges[..., 0] <= rows) & (rows < key_ranges[..., 1])  # [T, G]
+    changes = (sees_itself[1:] != sees_itself[:-1]).any(dim=1).nonzero().squeeze(1) + 1
+    borders = [0, *changes.tolist(), len(key_ranges)]
+    return [min(CHUNK_ROWS, end - first) for start, end in itertools.pairwise(borders) for first in range(start, end, CHUNK_ROWS)]
+
+
+plan_of = Kept(make_plan)
