@@ -38,6 +38,16 @@ def count_flops(model: FusionModel, batch: Batch) -> dict[str, int]:
     return flops
 
 
+def recomputed_flops(model: FusionModel, batch: Batch) -> int:
+    """FLOPs of one more forward of all blocks over the rows that have a backward: what checkpointing of whole blocks adds to `count_flops`."""
+    linears = [module for module in model.blocks.modules() if isinstance(module, UntiedLinear)]
+    prefix = model.num_forward_only(batch)
+    live = batch.token_counts | {TEXT.name: batch.token_counts[TEXT.name] - int((batch.doc_ids[:prefix] != PADDING_DOC_ID).sum())}
+    products = sum(live[m.name] * sum(linear[linear.groups[m.id]].weight.numel() for linear in linears) for m in MODALITIES)
+    scores = allowed_pairs(batch, prefix) * model.shape.num_heads * model.shape.head_dim * model.shape.num_layers
+    return 2 * (products + 2 * scores)
+
+
 def allowed_pairs(batch: Batch, first_query: int = 0, first_key: int = 0) -> int:
     """Query-key pairs that the mask allows, of rows from the given ones on, padding left out."""
     low, high = batch.key_ranges[first_query:].clamp(min=first_key).unbind(-1)

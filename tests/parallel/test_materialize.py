@@ -17,6 +17,7 @@ from fusiontrain.testing.memory import LiveBytes
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.training import full_tensors, lmfusion_config, write_base
 from fusiontrain.train.checkpoint import load_checkpoint, save_checkpoint
+from fusiontrain.train.retention import Retention
 from fusiontrain.train.state import TrainState, model_tensors
 
 BYTES = 4
@@ -104,7 +105,7 @@ def memory(config: Config, folder: str) -> tuple[int, int, int]:
         model, parameters = spread(config)
     tensors = {"model": model_tensors(model, parameters, include_frozen=True)}
     with LiveBytes() as saved:
-        path = save_checkpoint(Path(folder), TrainState(step=1), tensors, {}, "", ranks, 1)
+        path = save_checkpoint(Path(folder), TrainState(step=1), tensors, {}, "", ranks, Retention(1), {})
     with LiveBytes() as loaded:
         load_checkpoint(path, tensors, ranks)
     return made.peak, saved.peak, loaded.peak
