@@ -123,7 +123,7 @@ def mesh_shape(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
         if size != -1 and size < 1:
             raise UserError(f"parallel.{name}={size}: must be at least 1, or -1 for all remaining ranks")
         if size != -1 and world_size % size:
-            raise UserError(f"parallel.{name}={size}: must divide the number of ranks, which is {world_size}")
+            raise UserError(f"parallel.{name}={size}: must divide the number of ranks, which is {world_size}: start as many or a multiple, or set it to -1")
     if replicate == shard == -1:
         raise UserError("parallel.dp_replicate and parallel.dp_shard are both -1: only one of them can be all remaining ranks")
     if shard == -1:

@@ -80,7 +80,7 @@ def test_evaluation_and_samples_can_be_switched_off(config_file: Path, tmp_path:
     ("arguments", "word"),
     [
         (["--resume", "{folder}/nowhere"], "nowhere: no complete checkpoint there"),
-        (["parallel.dp_shard=2"], "2 ranks"),
+        (["parallel.dp_shard=2"], "parallel.dp_shard=2: must divide the number of ranks"),
         (["model.base={folder}"], "not a Hugging Face Llama folder"),
         (["data.sources=[{{path: {folder}/none}}]"], "matches no tar file"),
         (["train.stepz=3"], "stepz"),
