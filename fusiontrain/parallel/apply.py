@@ -10,7 +10,7 @@ from fusiontrain.config.schema import ParallelConfig
 from fusiontrain.models.plan import ModelPlan, ReadRows
 from fusiontrain.parallel.activation import clean_name, recompute_activations
 from fusiontrain.parallel.compile import compile_units
-from fusiontrain.parallel.fsdp import DTYPES, shard
+from fusiontrain.parallel.fsdp import shard
 from fusiontrain.parallel.materialize import fill_shards, is_declared, materialize
 
 
@@ -28,7 +28,7 @@ def parallelize(
     The returned parameters are the ones an optimizer and a checkpoint hold: with a mesh they are DTensors, which stay the same
     objects while FSDP swaps gathered weights in and out of the modules. Where weights are tied, the first name stands for all.
     """
-    freeze(model, plan.frozen, DTYPES[parallel.precision])  # first: the plan names parameters, and later lines rename or replace them
+    freeze(model, plan.frozen, parallel.precision == "bfloat16")  # first: the plan names parameters, and later lines rename or replace them
     if not is_declared(model):
         model.to(device)
     # Before compile, which must see the recomputed region as one graph.
@@ -44,12 +44,13 @@ def parallelize(
     return {clean_name(name): parameter for name, parameter in model.named_parameters()}
 
 
-def freeze(model: nn.Module, frozen: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Stop gradients of the named parameters and keep them in `dtype`, the one that they compute in: no update needs more digits.
+def freeze(model: nn.Module, frozen: tuple[str, ...], in_bfloat16: bool) -> None:
+    """Stop gradients of the named parameters and, where the run computes in it, keep them in bfloat16: no update needs more digits.
 
     Raises KeyError where the model has no parameter of that name.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in frozen:
         parameters[name].requires_grad_(False)
-        parameters[name].data = parameters[name].data.to(dtype)
+        if in_bfloat16:
+            parameters[name].data = parameters[name].data.bfloat16()

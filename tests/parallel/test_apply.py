@@ -89,7 +89,7 @@ def test_what_the_plan_names_is_frozen_and_nothing_else() -> None:
 
 def test_freezing_an_unknown_name_fails() -> None:
     with pytest.raises(KeyError):
-        freeze(build_model(tiny_config()), ("no.such.weight",), torch.float32)
+        freeze(build_model(tiny_config()), ("no.such.weight",), in_bfloat16=False)
 
 
 def reductions() -> tuple:
