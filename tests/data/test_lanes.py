@@ -177,15 +177,20 @@ def test_resume_at_any_step_gives_the_same_bytes(shards, workers):
     assert digests(make_loader(shards, **{"data.num_workers": workers}), LoaderState(0, 0, {}), 2) == whole[:2]
 
 
-def test_a_resumed_plan_does_not_plan_what_lies_behind(shards):
-    *_, (_, state) = itertools.islice(make_loader(shards).iterate(0), 60)
-    plan, packed = make_loader(shards).plan, []
-    for lane in plan._lanes._lanes:
-        lane._pack = lambda window, first, pack=lane._pack: packed.append(window) or pack(window, first)
-    plan.begin_at(state.anchors(4))
-    assert planned(plan.step(60)) == planned(make_loader(shards).plan.step(60))
-    assert min(packed) >= min(window for window, _ in state.lanes) > 5
-    assert len(packed) <= 8, "one window of each lane, or two"
+@pytest.mark.parametrize(("lanes", "batch"), [(4, 4), (16, 4), (6, 4), (4, 8)])
+def test_a_resumed_plan_does_not_plan_what_lies_behind(shards, lanes, batch):
+    settings = {"data.lanes": lanes, "train.global_batch_sequences": batch}
+    whole = make_loader(shards, **settings).plan
+    expected = [planned(whole.step(step)) for step in range(40 * lanes // batch)]
+    for step in range(len(expected) - 5, len(expected)):
+        plan, packed = make_loader(shards, **settings).plan, []
+        for lane in plan._lanes._lanes:
+            lane._pack = lambda window, first, pack=lane._pack, packed=packed: packed.append(window) or pack(window, first)
+        anchors = whole.anchors(step)
+        plan.begin_at(anchors)
+        assert planned(plan.step(step)) == expected[step]
+        assert min(packed) >= min(anchor.window for anchor in anchors) > 2
+        assert len(packed) <= 2 * lanes * max(1, batch // lanes), "of each lane the window that it is in, and perhaps the next"
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 4, 16])

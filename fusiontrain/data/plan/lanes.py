@@ -53,24 +53,17 @@ class Lanes(Generic[T]):
         return turn < self._full_turns
 
     def anchors(self, number: int) -> tuple[Anchor, ...]:
-        """Where each lane's planning may begin in order to reach a sequence, whose predecessors have been planned."""
-        return tuple(lane.anchor(place) for lane, place in zip(self._lanes, self._places(number), strict=True))
+        """Where each lane's planning may begin in order to reach a sequence, whose predecessors have been planned: with its turn."""
+        return tuple(lane.anchor(number // len(self._lanes)) for lane in self._lanes)
 
     def windows_before(self, number: int) -> float:
-        """How many windows, in parts of one, the sequences before that one have used; its predecessors have been planned."""
-        return sum(lane.windows_before(place) for lane, place in zip(self._lanes, self._places(number), strict=True))
+        """How many windows, in parts of one, the turns before that of a sequence have used; its predecessors have been planned."""
+        return sum(lane.windows_before(number // len(self._lanes)) for lane in self._lanes)
 
     def begin_at(self, anchors: Sequence[Anchor]) -> None:
         """Forget the windows before anchors that these very lanes gave, perhaps in another process."""
         for lane, anchor in zip(self._lanes, anchors, strict=True):
             lane.begin_at(anchor)
-
-    def _places(self, number: int) -> list[int]:
-        """Of each lane the first of its sequences that is not before that of the run; in the ending the first of the ending."""
-        lanes = len(self._lanes)
-        if self._ending is not None:
-            number = min(number, self._ending[0] * lanes)
-        return [(number - lane + lanes - 1) // lanes for lane in range(lanes)]
 
     def _find_ending(self) -> tuple[int, list[tuple[int, int]]]:
         if self._ending is None:

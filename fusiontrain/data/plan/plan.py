@@ -133,7 +133,7 @@ class Plan:
     def shares(self, step: int, world_size: int) -> list[list[PlannedSequence]]:
         """The sequences of every rank, in the order of the ranks."""
         sequences = self.step(step)
-        if self.data.io_mode == "lanes" and self._ranks_own_lanes(sequences):
+        if self.data.io_mode == "lanes" and len(sequences) == self.sequences_per_step:  # sequence n is of lane n mod lanes, until lanes come to their end
             return [[sequence for sequence in sequences if sequence.number % world_size == rank] for rank in range(world_size)]
         sequences += [PlannedSequence(-1, 0, ())] * (self.sequences_per_step - len(sequences))
         return [[sequences[i] for i in share] for share in balance([(s.cost, s.image_tokens) for s in sequences], world_size)]
@@ -180,11 +180,6 @@ class Plan:
         if documents is None:
             return None
         return PlannedSequence(number, hash_key(self.seed, self.training, number, _NOISE_DRAW), documents)
-
-    def _ranks_own_lanes(self, sequences: Sequence[PlannedSequence]) -> bool:
-        """Not where lanes have come to their end: the others' sequences are shared among all ranks."""
-        with self._lock:
-            return len(sequences) == self.sequences_per_step and self._lanes.is_full(sequences[-1].number // self.num_lanes)
 
     def _pack(self, lane: int, window: int, first: int) -> list[tuple[PlannedDocument, ...]] | None:
         """The sequences of a lane's window, whose first has the number `first` in the lane; None behind the last window."""

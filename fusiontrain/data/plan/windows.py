@@ -70,7 +70,8 @@ class Windows(Generic[T]):
     def windows_before(self, number: int) -> float:
         """How many windows, in parts of one, the sequences before that one have used; its predecessor has been planned."""
         anchor = self.anchor(number)
-        return anchor.window + (number - anchor.sequence) / max(1, len(self._packed(anchor.window) or ()))
+        packed = self._packed(anchor.window)
+        return anchor.window + (number - anchor.sequence) / len(packed) if packed else anchor.window
 
     def begin_at(self, anchor: Anchor) -> None:
         """Forget the windows before an anchor that this very stream gave, perhaps in another process. Earlier sequences can still be asked for."""
