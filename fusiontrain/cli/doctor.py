@@ -92,20 +92,21 @@ def find_kernels() -> list[Operator]:
     except (ImportError, OSError):
         return []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keys = {operator: key for key, operator in OPERATORS.items()}
     return [
-        Operator(key, operator, best(operator, device)[0], {name: obstacle(operator, name, device) for name in IMPLEMENTATIONS[operator]})
-        for key, operator in OPERATORS.items()
+        Operator(keys.get(operator, "-"), operator, best(operator, device)[0], {name: obstacle(operator, name, device) for name in names})
+        for operator, names in IMPLEMENTATIONS.items()
     ]
 
 
 def _print_kernels(kernels: list[Operator]) -> None:
-    print("\nkernels.<key>: implementations that can run here")
+    print("\nkernels.<key>: implementations that can run here (-: an operator that no model uses)")
     print_table((operator.key, operator.operator, _describe(operator)) for operator in kernels)
     missing: dict[tuple[str, str], list[str]] = {}
     for operator in kernels:
         for name, why_not in operator.implementations.items():
             if why_not is not None:
-                missing.setdefault((name, why_not), []).append(operator.key)
+                missing.setdefault((name, why_not), []).append(operator.operator if operator.key == "-" else operator.key)
     for (name, why_not), keys in missing.items():
         print(f"not {name} ({', '.join(keys)}): {why_not}")
 

@@ -13,6 +13,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "masked_routing_attention": ("chunked", "sdpa", "flex", "flash", "triton", "reference"),
     "modality_gemm": ("segments", "grouped_mm", "triton", "reference"),
     "rms_norm": ("reference", "triton"),
+    "qk_norm_rope": ("reference", "triton"),
     "rope": ("reference", "triton"),
     "swiglu": ("reference", "triton"),
     "linear_cross_entropy": ("chunked", "triton", "reference"),

@@ -42,4 +42,4 @@ def test_the_table_says_each_reason_once(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [" ".join(line.split()) for line in lines if line.startswith("attention")] == ["attention masked_routing_attention chunked (auto), sdpa, reference"]
     (line,) = [line for line in lines if "Triton kernels run on a GPU" in line]
-    assert line.startswith("not triton (attention, gemm, norm, rope, swiglu, cross_entropy): ")
+    assert line.startswith("not triton (attention, gemm, norm, qk_norm_rope, rope, swiglu, cross_entropy): ")

@@ -38,6 +38,18 @@ def test_flex_equals_the_definition(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_intervals_are_cut_off_at_the_first_and_the_last_row() -> None:
+    """By flex, and by what flash-attn is told."""
+    batch = LAYOUTS["ragged"]
+    low, high = batch.key_ranges.unbind(-1)
+    beyond = torch.stack([low.where((low > 0) | (low >= high), -7), high.where((high < len(batch)) | (low >= high), len(batch) + 9)], -1)
+    leaves = [leaf.detach() for leaf in inputs(len(batch), 2, 1, 8)[:3]]
+    out = masked_routing_attention(*leaves, beyond, batch.query_ranges, scale=SCALE, impl="flex")
+    torch.testing.assert_close(out, attend(*leaves, batch.allowed, SCALE)[0], rtol=0, atol=1e-12)
+    causal = torch.tensor([[[-5, row + 1], [9, 30]] for row in range(5)], dtype=torch.int32)
+    assert causal_documents(causal)[0].tolist() == [0, 5]
+
+
 @pytest.mark.parametrize("grad_rows", [None, [[10, 30]]], ids=["all", "some"])
 def test_flex_backward(grad_rows: list[list[int]] | None, backward_on_the_cpu: None) -> None:
     batch = LAYOUTS["blind padding"]

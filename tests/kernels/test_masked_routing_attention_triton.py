@@ -139,6 +139,16 @@ def test_tensors_beyond_two_to_the_31_elements(axis: str) -> None:
         assert torch.equal(actual, expected)
 
 
+def test_rows_further_apart_than_a_tile_can_count_are_copied() -> None:
+    """128 rows of 2^24 elements are what 32 bits can count."""
+    storage = torch.empty(2**24 + 64, dtype=torch.float16)
+    for distance, fits in ((2**24 - 16, True), (2**24 - 15, False), (2**24 + 32, False)):
+        tensor = storage.as_strided((2, 1, 16), (distance, 16, 1))
+        assert (triton_op._unit_stride(tensor) is tensor) == fits
+        assert triton_op._unit_stride(tensor).stride()[-1] == 1
+        assert 127 * triton_op._unit_stride(tensor).stride(0) + 16 < 2**31
+
+
 def test_the_backward_repeats_its_bits() -> None:
     batch = LAYOUTS["adjacent images"]
     *leaves, grad = inputs(len(batch), 2, 1, 16, torch.float32)

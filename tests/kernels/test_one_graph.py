@@ -71,12 +71,12 @@ def results(outs: tuple[torch.Tensor, ...], leaves: list[torch.Tensor]) -> list[
 @pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, (impls, *_) in CALLS.items() for impl in impls])
 def test_segments_of_rows(name: str, impl: str) -> None:
     _, shapes, make = CALLS[name]
-    leaves, call, counter = leaves_of(shapes), make(impl), CompileCounterWithBackend("aot_eager")
+    leaves, reference, counter = leaves_of(shapes), make("reference"), CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
-    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    compiled = torch.compile(make(impl), backend=counter, fullgraph=True)
     for bounds in ROUTINGS:
         offsets = torch.tensor(bounds, dtype=torch.int32)
-        pairs = zip(results(compiled(bounds, offsets, *leaves), leaves), results(call(bounds, offsets, *leaves), leaves), strict=True)
+        pairs = zip(results(compiled(bounds, offsets, *leaves), leaves), results(reference(bounds, offsets, *leaves), leaves), strict=True)
         for actual, wanted in pairs:
             torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1

@@ -130,6 +130,19 @@ def test_one_rounding_more_than_the_reference_is_rare_in_bfloat16() -> None:
         assert_same(actual, expected, 2**-6)
 
 
+@needs_triton
+def test_the_gradient_of_a_weight_takes_the_rounded_head() -> None:
+    """One row of one head and no turn, so that nothing is summed: the product of what the forward multiplied."""
+    x, grad = (normal(1, 1, 512, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    weight, still = torch.ones(512, dtype=torch.bfloat16, requires_grad=True), torch.ones(1, 512, dtype=torch.bfloat16)
+    out, _ = qk_norm_rope(x, x, [weight], None, still, 0 * still, (0, 1), EPS, impl="triton")
+    out.backward(grad)
+    exact = x.double() / (x.double().square().mean() + EPS).sqrt()
+    rounded, unrounded = ((grad.double() * head).flatten().to(torch.bfloat16) for head in (exact.to(torch.bfloat16).double(), exact))
+    assert (weight.grad == rounded).float().mean() > 0.99
+    assert (unrounded == rounded).float().mean() < 0.9
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bits_of_hugging_face(dtype: torch.dtype) -> None:
     """Qwen3 norms the heads of q and k, then turns them."""

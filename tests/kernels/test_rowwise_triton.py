@@ -95,6 +95,17 @@ def test_the_bits_of_the_reference_in_bfloat16() -> None:
     assert (swiglu(x, other, impl="triton") == swiglu(x, other, impl="reference")).float().mean() > 0.99
 
 
+def test_the_gradient_of_the_gain_takes_the_rounded_row() -> None:
+    """One row, so that nothing is summed: the product of what the forward multiplied, where an unrounded row differs in every second number."""
+    x, gain, grad = (normal(*shape, seed=seed, dtype=torch.bfloat16) for seed, shape in ((1, (1, 512)), (2, (512,)), (3, (1, 512))))
+    gain.requires_grad_()
+    rms_norm(x, [gain], (0, 1), EPS, impl="triton").backward(grad)
+    exact = x.double() / (x.double().square().mean() + EPS).sqrt()
+    rounded, unrounded = ((grad.double() * row)[0].to(torch.bfloat16) for row in (exact.to(torch.bfloat16).double(), exact))
+    assert (gain.grad == rounded).float().mean() > 0.99
+    assert (unrounded == rounded).float().mean() < 0.9
+
+
 def test_tensors_that_a_kernel_would_read_beside_are_refused() -> None:
     x, gain = normal(6, 8, seed=1), normal(8, seed=2)
     with pytest.raises(ValueError, match=r"rms_norm: weights\[1\]: must be torch.float64 \[8\]"):

@@ -56,6 +56,7 @@ def names_that_are_taken(operator: str) -> set[str]:
         "masked_routing_attention": (heads, heads, heads, ranges, ranges),
         "modality_gemm": (rows, [torch.zeros(4, 4)], (0, 2)),
         "rms_norm": (rows, [torch.ones(4)], (0, 2), 1e-5),
+        "qk_norm_rope": (heads, heads, None, None, rows, rows, (0, 2), 1e-5),
         "rope": (heads, rows, rows),
         "swiglu": (rows, rows),
         "linear_cross_entropy": (rows, torch.zeros(8, 4), torch.zeros(2, dtype=torch.int64), torch.ones(2)),
@@ -72,7 +73,8 @@ def names_that_are_taken(operator: str) -> set[str]:
 
 @needs_interpreter
 def test_the_config_names_the_implementations_that_there_are():
-    assert set(OPERATORS.values()) == set(choices.IMPLEMENTATIONS)
+    assert set(choices.IMPLEMENTATIONS) - set(OPERATORS.values()) == {"qk_norm_rope"}  # no recipe norms its heads
+    assert names_that_are_taken("qk_norm_rope") == {"auto", *choices.IMPLEMENTATIONS["qk_norm_rope"]}
     for key, operator in OPERATORS.items():
         names = {name for part in get_args(KernelsConfig.model_fields[key].annotation) for name in get_args(part)}
         assert names == {"auto", *choices.IMPLEMENTATIONS[operator]} == names_that_are_taken(operator), key
