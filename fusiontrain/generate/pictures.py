@@ -50,7 +50,7 @@ def to_pictures(model: FusionModel, values: torch.Tensor, grid: Grid) -> list[np
 def from_pictures(model: FusionModel, pictures: Sequence[np.ndarray], image: ImageDataConfig) -> torch.Tensor:
     """B pictures [H, W, 3] uint8 of any size -> clean patches [B, N, C] float32 on the model's device: cropped and resized as for training."""
     resized = np.stack([_fit(picture, image) for picture in pictures])
-    device = model.text.embedding.weight.device
+    device = model.device
     pixels = torch.from_numpy(resized).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     patches = patchify(pixels, image.patch_size)
     if model.codec is None:

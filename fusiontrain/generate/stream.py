@@ -46,7 +46,7 @@ def evaluating(model: FusionModel) -> Iterator[None]:
 
 
 def device_of(model: FusionModel) -> torch.device:
-    return model.text.embedding.weight.device
+    return model.device
 
 
 def opening(tokenizer: Tokenizer) -> list[int]:

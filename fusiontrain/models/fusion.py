@@ -73,6 +73,11 @@ class FusionModel(nn.Module):
         self.text_objective = text_objective
         self.image_objective = image_objective
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; weights that an engine has offloaded are elsewhere in between."""
+        return self.rotary.frequencies.device
+
     # ---------------------------------------------------------------- training
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
@@ -163,7 +168,7 @@ class FusionModel(nn.Module):
     # ---------------------------------------------------------------- generation
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        like = self.text.embedding.weight
+        like = torch.empty(0, dtype=self.text.embedding.weight.dtype, device=self.device)
         return KVCache(self.shape.num_layers, batch_size, max_length, self.shape.num_kv_heads, self.shape.head_dim, like)
 
     @torch.no_grad()

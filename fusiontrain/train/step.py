@@ -96,7 +96,7 @@ def train_step(
     sums = accumulate_gradients(model, micro_batches, weights, counts.targets, world_size, device)
     norm = torch.nn.utils.clip_grad_norm_(trainable, clip_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    *totals, grad_norm = torch.cat([sum_tensor(sums), norm.double().reshape(1)]).tolist()
+    *totals, grad_norm = torch.cat([sum_tensor(sums), norm.double().reshape(1).to(device)]).tolist()  # offloaded gradients have theirs on the CPU
     losses = {
         name: total / counts.targets[name] if counts.targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)
     }
