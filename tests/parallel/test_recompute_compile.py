@@ -139,6 +139,7 @@ def test_one_compilation_takes_every_mix(mode, base, fresh_compiler):
     assert [later - sooner for sooner, later in itertools.pairwise([0, *graphs])] == [1] + [0] * (len(MIXES) - 1)
 
 
+@pytest.mark.slow
 def test_parallelize_combines_them_in_order(base, fresh_compiler):
     """The configuration's way to all three at once, with torch's own compiler."""
     settings = {"parallel.activation_checkpointing": "selective", "parallel.activation_checkpointing_every": 2, "parallel.compile": True}

@@ -62,7 +62,7 @@ def _attend_behind(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor, **options: Any
 ) -> torch.Tensor:
     """The operator wants as many queries as keys: those of the prefix are blank and see nothing, which costs no product."""
-    count = len(prefix_k)
+    count, live = prefix_k.shape[0], q.shape[0]
     blank = q.new_zeros(count, *q.shape[1:])
     out = masked_routing_attention(torch.cat([blank, q]), torch.cat([prefix_k, k]), torch.cat([prefix_v, v]), **options)
-    return out[count:]
+    return out.split([count, live])[1]
