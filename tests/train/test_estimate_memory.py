@@ -92,10 +92,9 @@ def train_rank(config: Config, micro_batches: int) -> int:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("recipe", ["dense", "lmfusion"])
-def test_peak_is_within_ten_percent_of_the_allocators(recipe, checkpointing, world_size):
+def test_peak_is_the_allocators(recipe, checkpointing, world_size):
     config = small_config(recipe, parallel__activation_checkpointing=checkpointing)
     measured = peak_of_training(config, 0, 1, 1) if world_size == 1 else max(shared_pool().run(train_rank, 2, config, 1))
     memory = simulate(config, packed_batch(config), 1, world_size).memory
     estimated = max(sum(categories.values()) for categories in memory.values())
-    print(f"{recipe}, checkpointing {checkpointing}, {world_size} ranks: measured {measured:,}, estimated {estimated:,.0f}: {estimated / measured:.3f}")
-    assert 0.9 < estimated / measured < 1.1
+    assert 0.95 < estimated / measured < 1.05, f"measured {measured:,} bytes, estimated {estimated:,.0f}"
