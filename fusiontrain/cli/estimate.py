@@ -68,7 +68,10 @@ def _print(document: dict[str, Any]) -> None:
     _section("traffic of a rank in a step")
     rows = [(t["collective"], f"{t['ranks']} ranks", "between nodes" if t["between_nodes"] else "inside a node", f"{t['calls']:,} calls",
              _gib(t["message_bytes"]), f"sends {_gib(t['sent_bytes'])}") for t in document["traffic"]]  # fmt: skip
-    print_table(rows or [("none",)], "  ")
+    if rows:
+        print_table(rows, "  ")
+    else:
+        print("  none")
     _print_time(document["time"])
     _print_advice(document)
     _section("assumptions")

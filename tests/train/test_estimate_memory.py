@@ -70,8 +70,13 @@ def peak_of_training(config: Config, rank: int, world_size: int, micro_batches: 
 
 
 def allocations(nodes: Any) -> Iterator[tuple[int, int, int]]:
-    """(time in ns, address, bytes, or fewer than none where they are given back) of everything that the allocator did below these nodes."""
+    """(time in ns, address, bytes, or fewer than none where they are given back) of everything that the allocator did below these nodes.
+
+    But for what gloo hands itself: it copies what it reduces, as many messages at a time as it happens to be behind.
+    """
     for node in nodes:
+        if node.name.startswith("c10d::"):
+            continue
         if node.typed[0].name == "Allocation":
             yield node.start_time_ns, node.typed[1].ptr, node.typed[1].alloc_size
         yield from allocations(node.children)
@@ -87,11 +92,9 @@ def train_rank(config: Config, micro_batches: int) -> int:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("recipe", ["dense", "lmfusion"])
-def test_peak_is_within_ten_percent_of_the_allocators(recipe, checkpointing, world_size):
+def test_peak_is_the_allocators(recipe, checkpointing, world_size):
     config = small_config(recipe, parallel__activation_checkpointing=checkpointing)
     measured = peak_of_training(config, 0, 1, 1) if world_size == 1 else max(shared_pool().run(train_rank, 2, config, 1))
     memory = simulate(config, packed_batch(config), 1, world_size).memory
     estimated = max(sum(categories.values()) for categories in memory.values())
-    print({phase: {k: round(v/1e6,2) for k,v in c.items()} for phase, c in memory.items()})
-    print(recipe, checkpointing, world_size, measured, estimated, estimated / measured)
-    assert 0.9 < estimated / measured < 1.1
+    assert 0.95 < estimated / measured < 1.05, f"measured {measured:,} bytes, estimated {estimated:,.0f}"

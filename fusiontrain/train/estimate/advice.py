@@ -24,8 +24,8 @@ class Alternative:
 
 
 def advise(estimator: Estimator, prediction: Prediction) -> list[Alternative]:
-    """If the config does not fit: the single changes that save memory, the fastest of those that fit first; where none of them is enough, all of
-    them one after the other until it fits. If it fits: what would be faster and fit too. Empty for a device whose memory is not known."""
+    """If the config does not fit: the single changes that save memory, the fastest of those that fit first; where none of them is enough, before
+    them several together, one after the other until it fits. If it fits: what would be faster and fit too. Empty for a device whose memory is not known."""
     room = estimator.target.room
     if room is None:
         return []
@@ -40,7 +40,7 @@ def advise(estimator: Estimator, prediction: Prediction) -> list[Alternative]:
     smaller = [one for one in map(predict, _smaller(estimator, prediction)) if one.prediction.memory < prediction.memory]
     smaller.sort(key=lambda one: (not one.fits, _seconds(one.prediction) if one.fits else one.prediction.memory))
     if not any(one.fits for one in smaller):
-        smaller += _together(predict, smaller)
+        return _together(predict, smaller) + smaller
     return smaller
 
 

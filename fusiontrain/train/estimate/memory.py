@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -24,6 +24,9 @@ COPY_IN_GRADIENTS = "fsdp::chunk_cat"
 LOSS_OPERATOR = "fusiontrain::linear_cross_entropy"
 
 
+Phase = TypeVar("Phase", bound=Hashable)
+
+
 @dataclass
 class Peak:
     """The largest sum of bytes in a phase, and what was live then: serial number of a storage -> (bytes, label)."""
@@ -32,7 +35,7 @@ class Peak:
     live: dict[int, tuple[int, str]] = field(default_factory=dict)
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode, Generic[Phase]):
     """Follows every storage that an operator makes while the mode is on, until it is freed; `phase` says which peak is being looked for.
 
     Not seen: what an operator needs inside itself, but for the head's loss, whose logits are the largest such thing there is.
@@ -41,7 +44,7 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self.peaks: dict[Hashable, Peak] = {}
+        self.peaks: dict[Phase, Peak] = {}
         self._peak = Peak()
         self._rising = False
         self._live: dict[int, tuple[int, str]] = {}
@@ -58,11 +61,11 @@ class MemoryTracker(TorchDispatchMode):
             tracker._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,7 +82,7 @@ class MemoryTracker(TorchDispatchMode):
         self._free(workspace)
         return result
 
-    def begin(self, phase: Hashable) -> None:
+    def begin(self, phase: Phase) -> None:
         """From here on the peak is that of `phase`, which may come more than once."""
         self._close_peak()
         self._peak = self.peaks.setdefault(phase, Peak())
@@ -97,7 +100,7 @@ class MemoryTracker(TorchDispatchMode):
         keys = (tensor.untyped_storage()._cdata for tensor in locals_)
         return {self._known[key][1] for key in keys if key in self._known}
 
-    def categories(self, phase: Hashable, owners: Mapping[str, set[int]]) -> dict[str, float]:
+    def categories(self, phase: Phase, owners: Mapping[str, set[int]]) -> dict[str, float]:
         """Bytes of each category at the peak of a phase: those of `owners` by the serial numbers they own, the rest by what became of them."""
         category_of = self._fates | {serial: name for name, serials in owners.items() for serial in serials}
         found: Counter[str] = Counter()

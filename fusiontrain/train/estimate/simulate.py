@@ -58,13 +58,13 @@ def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) 
     with fake_group(config, world_size):
         ranks = Ranks(0, world_size)
         mesh = build_mesh(config.parallel, ranks)
-        tracker, counter = MemoryTracker(), TrafficCounter()
+        tracker, counter = MemoryTracker[Moment](), TrafficCounter()
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             model = build_model(config)
             _hook_phases(model, tracker, counter)
             embeddings = embedding_names(model)
             # Fake tensors are on the CPU already, and Module.to would swap them, which they refuse.
-            model.to = lambda *_, **__: model  # type: ignore[method-assign]
+            model.to = lambda *_, **__: model
             parameters = parallelize(model, model.plan(), config.parallel, mesh, ranks.device)
             optimizer = build_optimizer(parameters, embeddings, config.optimizer)
             averages = average_weights(optimizer, parameters, config.train.ema_decay) if config.train.ema_decay is not None else {}
@@ -97,7 +97,7 @@ def fake_group(config: Config, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _hook_phases(model: FusionModel, tracker: MemoryTracker, counter: TrafficCounter) -> None:
+def _hook_phases(model: FusionModel, tracker: MemoryTracker[Moment], counter: TrafficCounter) -> None:
     """Let the model's own forward, and the gradients that pass its blocks, say when a moment begins."""
 
     def begin(phase: str, part: str = "") -> None:
@@ -142,7 +142,7 @@ def _update_once(optimizer: torch.optim.Optimizer, trainable: list[nn.Parameter]
     optimizer.zero_grad(set_to_none=True)
 
 
-def _owners(tracker: MemoryTracker, model: nn.Module, trainable: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Mapping[str, set[int]]:
+def _owners(tracker: MemoryTracker[Moment], model: nn.Module, trainable: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Mapping[str, set[int]]:
     """Whose the storages are after a backward."""
     weights = list(model.parameters())
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

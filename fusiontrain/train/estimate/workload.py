@@ -86,11 +86,9 @@ def _planned(config: Config, patch_dim: int) -> Workload:
     planned = plan.step(0)
     count = min(SAMPLED_SEQUENCES, len(planned))
     chosen = [planned[n * len(planned) // count] for n in range(count)]
-    sequences = tuple(
-        PackedSequence(tuple(_document(document, uses_images(config), patch_dim) for document in sequence.documents), config.data.sequence_length, sequence.noise_key)
-        for sequence in chosen
-    )
-    return Workload(sequences, f"{count} of the {len(planned)} sequences of step 1, as the index has them")
+    has_images, length = uses_images(config), config.data.sequence_length
+    documents = [tuple(_document(document, has_images, patch_dim) for document in sequence.documents) for sequence in chosen]
+    return Workload(tuple(PackedSequence(found, length, 0) for found in documents), f"{count} of the {len(planned)} sequences of step 1, as the index has them")
 
 
 def _document(planned: PlannedDocument, has_images: bool, patch_dim: int) -> Document:

@@ -1,0 +1,193 @@
+"""`fusiontrain estimate`: its numbers against the model that would be built, its advice, and its sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusiontrain.cli.main import main
+from fusiontrain.config.load import load
+from fusiontrain.data.index.cache import prepare_sources
+from fusiontrain.data.loader import Loader
+from fusiontrain.data.tokenizer import load_tokenizer
+from fusiontrain.data.world.make import make_world
+from fusiontrain.models.build import build_model
+from fusiontrain.models.flops import count_flops, recomputed_flops
+from fusiontrain.parallel.apply import parallelize
+from fusiontrain.testing.configs import tiny_config
+from fusiontrain.testing.documents import batch_of, document
+from fusiontrain.train.estimate.advice import advise
+from fusiontrain.train.estimate.estimator import Estimator, Target
+from fusiontrain.train.estimate.hardware import DEVICES, Device, Efficiency, step_time
+from fusiontrain.train.estimate.report import report
+from fusiontrain.train.estimate.traffic import ALL_REDUCE, REDUCE_SCATTER, Channel
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GIB = 2**30
+
+
+def lmfusion(**overrides):
+    return tiny_config({"model.recipe": "lmfusion", "parallel.precision": "bfloat16", **overrides})
+
+
+def small_gpu(memory_bytes: float) -> Device:
+    return Device("toy", {"bfloat16": 1e12, "float32": 1e11}, memory_bytes, 1e12, 1e11, 1e10)
+
+
+def test_json_of_lmfusion_8b(capsys):
+    """Shapes and sizes of a model that no test machine could hold."""
+    assert main(["estimate", str(CONFIGS / "lmfusion_8b.yaml"), "--world-size", "16", "--no-advice", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    llama = 128256 * 4096 * 2 + 4096 + 32 * (2 * 4096 + 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert found["parameters"]["text"] == {"trainable": 0, "frozen": llama}
+    assert found["parameters"]["image"]["frozen"] == 0
+    trainable = found["parameters"]["all"]["trainable"]
+    categories = found["memory"]["categories"]
+    assert categories["optimizer state"] == pytest.approx(8 * trainable / 16, rel=1e-3)
+    assert categories["weights"] == pytest.approx((4 * trainable + 2 * llama) / 16, rel=1e-3)
+    reduced = sum(t["message_bytes"] for t in found["traffic"] if t["collective"] == REDUCE_SCATTER)
+    assert reduced == pytest.approx(4 * trainable, rel=1e-3)
+    assert 0 < found["time"]["mfu"] < 0.5
+    assert found["memory"]["fits"] is (found["memory"]["peak_bytes"] <= 80e9 * 0.92)
+
+
+def test_the_table_fits_a_terminal(capsys):
+    assert main(["estimate", str(CONFIGS / "debug/transfusion.yaml"), "--world-size", "2", "--device", "a100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    for section in ("parameters", "step:", "memory of a rank", "traffic", "time of a step", "assumptions"):
+        assert any(line.startswith(section) for line in lines), section
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--world-size", "0"], "--world-size 0: must be at least 1"),
+        (["--world-size", "7"], "7 ranks cannot share it evenly"),
+        (["--world-size", "8", "--overlap", "2"], "--overlap 2.0: must be above 0 and at most 1"),
+        (["--world-size", "8", "--text-tokens", "4096", "--image-tokens", "256"], "must fit data.sequence_length=4096"),
+        (["--world-size", "8", "model.base=nowhere"], "model.base=nowhere: not a Hugging Face Llama folder"),
+        (["--world-size", "8", "parallel.dp_shard=3"], "parallel.dp_shard=3"),
+    ],
+    ids=str,
+)
+def test_one_sentence_for_what_cannot_be(arguments, sentence, capsys):
+    assert main(["estimate", str(CONFIGS / "lmfusion_8b.yaml"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("recipe", ["dense", "transfusion", "lmfusion"])
+def test_parameters_are_those_of_the_model(recipe):
+    modalities = ["text"] if recipe == "dense" else ["text", "image"]
+    config = tiny_config({"model.recipe": recipe, "data.modalities": modalities})
+    found = Estimator(config, Target(2, DEVICES["cpu"])).parameters
+    weights = list(build_model(config).parameters())
+    for kind, trains in (("trainable", True), ("frozen", False)):
+        assert sum(counts[kind] for counts in found.values()) == sum(w.numel() for w in weights if w.requires_grad is trains)
+
+
+def test_flops_of_a_step_are_the_counters():
+    """Everything that torch's counter counts, for a step of two sequences of text and pictures without padding."""
+    config = tiny_config({"data.sequence_length": 48, "data.image.size": 16, "train.global_batch_sequences": 2})
+    found = Estimator(config, Target(1, DEVICES["cpu"]), text_tokens=16, image_tokens=32).flops
+    model, image = build_model(config), ("image", 4, 4)
+    batch = batch_of([document([1] * 7, image, [2], seed=n) for n in range(4)], config, 2)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        sum(term.sum for term in model(batch).values()).backward()
+    by_name = {str(op).split(".")[-1]: flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    products = ("mm", "addmm", "convolution", "convolution_backward", "linear_cross_entropy")
+    assert found["text"] + found["image"] == sum(by_name.get(name, 0) for name in products)
+    # Of 24 tokens, 7 text tokens see those before them, 16 patches see the text and each other, and one text token sees all.
+    pairs = 4 * (7 * 8 // 2 + 16 * (7 + 16) + 24)
+    assert found["attention"] == 2 * 6 * pairs * 4 * 8 * 2
+
+
+def test_recomputation_is_one_more_forward_of_the_blocks():
+    """Against the counter, with and without it."""
+    counts = {}
+    config = tiny_config({"model.image": {"patcher": "linear"}, "data.sequence_length": 48})
+    batch = batch_of([document([1] * 30, ("image", 3, 6), seed=0)], config)
+    for mode in ("none", "full"):
+        model = build_model(config)
+        parallel = config.parallel.model_copy(update={"activation_checkpointing": mode})
+        parallelize(model, model.plan(), parallel, None, torch.device("cpu"))
+        counter = FlopCounterMode(display=False)
+        with counter:
+            sum(term.sum for term in model(batch).values()).backward()
+        counts[mode] = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op).split(".")[-1] in ("mm", "addmm"))
+    attention = count_flops(model, batch)["attention"] // 3  # a forward is two of the six products
+    # The last product of a block is not needed by anybody's backward, so checkpointing stops before it.
+    last = 2 * 48 * 2 * 32 * 48
+    assert recomputed_flops(model, batch) - attention - (counts["full"] - counts["none"]) in (0, last)
+
+
+def test_what_does_not_fit_is_told_how_it_would():
+    config = lmfusion(**{"train.global_batch_sequences": 16, "train.micro_batch_sequences": 8, "model.dim": 64, "model.ffn_dim": 256})
+    roomy = Estimator(config, Target(2, small_gpu(1e12)))
+    needed = roomy.predict(roomy.config).memory
+    tight = Estimator(config, Target(2, small_gpu(needed * 0.7), efficiency=Efficiency(reserve=0.0)))
+    prediction = tight.predict(tight.config)
+    assert prediction.memory == needed and prediction.memory > tight.target.room
+    found = advise(tight, prediction)
+    assert any(one.fits for one in found)
+    keys = {key for one in found for key in one.settings}
+    assert {"parallel.activation_checkpointing", "train.micro_batch_sequences", "parallel.cpu_offload"} <= keys
+    fitting = [one.prediction.time.total for one in found if one.fits]
+    assert fitting == sorted(fitting) and all(one.fits for one in found[: len(fitting)])
+    assert all(one.fits == (one.prediction.memory <= tight.target.room) for one in found)
+
+
+def test_frozen_weights_are_better_whole_where_the_network_is_slow():
+    config = lmfusion(**{"train.global_batch_sequences": 16})
+    target = Target(16, Device("toy", {"bfloat16": 1e15, "float32": 1e15}, 1e12, 1e15, 1e9, 1e6), gpus_per_node=1)
+    estimator = Estimator(config, target)
+    prediction = estimator.predict(estimator.config)
+    whole = next(one for one in advise(estimator, prediction) if one.settings == {"parallel.frozen": "replicate"})
+    assert whole.prediction.time.total < prediction.time.total
+    assert whole.prediction.memory > prediction.memory
+
+
+def test_step_time_by_hand():
+    device = small_gpu(1e10)
+    parallel = tiny_config({"parallel.precision": "bfloat16"}).parallel
+    channel = Channel(ALL_REDUCE, (0, 1, 2, 3))
+    efficiency = Efficiency(compute=0.5, links=0.5, overlap=0.5)
+    near = step_time(device, efficiency, parallel, 1e12, {channel: 1e11}, 5e11, gpus_per_node=4)
+    assert near.compute == pytest.approx(2.0)
+    assert near.communication == pytest.approx(2 * 1e11 * 3 / 4 / 0.5e11)  # 3 s, half of it beside the computation
+    assert near.exposed == pytest.approx(1.5) and near.optimizer == pytest.approx(1.0)
+    far = step_time(device, efficiency, parallel, 1e12, {channel: 1e11}, 5e11, gpus_per_node=2)
+    assert far.communication == pytest.approx(30.0) and far.exposed == pytest.approx(28.0)
+    assert step_time(DEVICES["cpu"], efficiency, parallel, 1e12, {}, 0, 8) is None
+
+
+def test_data_that_are_indexed_are_taken_as_they_are(tmp_path):
+    make_world(tmp_path / "world", 40, seed=1)
+    config = tiny_config({"data.sources": [{"path": str(tmp_path / "world" / "train")}], "data.sequence_length": 256})
+    target = Target(2, DEVICES["cpu"])
+    assert "is not indexed" in Estimator(config, target).assumptions[0]
+    prepare_sources(config, lambda done, total: None)
+    estimator = Estimator(config, target)
+    assert estimator.assumptions[0].startswith("2 of the 2 sequences of step 1")
+    loader = Loader(config, load_tokenizer(config), "train", 0, 1)
+    batches, _ = next(loader.iterate(0))
+    loader.close()
+    assert estimator.step["text tokens"] == sum(batch.token_counts["text"] for batch in batches) / 2
+    assert estimator.step["image tokens"] == sum(batch.token_counts["image"] for batch in batches) / 2
+    model = build_model(config)
+    read = sum((sum(count_flops(model, batch).values()) for batch in batches), 0)
+    assert sum(estimator.flops.values()) == pytest.approx(read, rel=0.02)
+
+
+def test_a_base_that_is_not_here_is_known_by_name():
+    config = load(CONFIGS / "lmfusion_8b.yaml", ["model.base=somewhere/Llama-3.2-1B"])
+    found = report(Estimator(config, Target(8, DEVICES["h200"])), with_advice=False)
+    assert found["parameters"]["text"] == {"trainable": 0, "frozen": 1_235_814_400}
+    assert any("published shape" in sentence for sentence in found["assumptions"])
+    assert found["memory"]["peak_bytes"] < 40 * GIB
