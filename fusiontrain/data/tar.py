@@ -79,23 +79,27 @@ def samples_in(file: ShardFile, path: Shard) -> Iterator[TarSample]:
     """The samples of an open webdataset shard. Raises UserError where the members of a sample are not neighbours or a name comes twice."""
     seen: set[str] = set()
     key: str | None = None
+    stem_and_dot = ""
     members: dict[str, Member] = {}
     for member in members_in(file, path):
-        folder, _, base = member.name.removeprefix("./").rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if not dot or not stem:
-            continue
-        this_key = f"{folder}/{stem}" if folder else stem
-        if this_key != key:
-            if key is not None:
-                yield TarSample(key, members)
-            if this_key in seen:
-                raise UserError(f"{path}: sample {this_key!r} at offset {member.offset}: its members are not neighbours, write the shard anew")
-            seen.add(this_key)
-            key, members = this_key, {}
+        suffix = member.name[len(stem_and_dot) :]
+        if key is None or not member.name.startswith(stem_and_dot) or "/" in suffix:  # few do not belong to the sample of the one before
+            folder, _, base = member.name.removeprefix("./").rpartition("/")
+            stem, dot, suffix = base.partition(".")
+            if not dot or not stem:
+                continue
+            stem_and_dot = member.name[: len(member.name) - len(suffix)]
+            this_key = f"{folder}/{stem}" if folder else stem
+            if this_key != key:
+                if key is not None:
+                    yield TarSample(key, members)
+                if this_key in seen:
+                    raise UserError(f"{path}: sample {this_key!r} at offset {member.offset}: its members are not neighbours, write the shard anew")
+                seen.add(this_key)
+                key, members = this_key, {}
         lower = suffix.lower()
         if lower in members:
-            raise UserError(f"{path}: sample {this_key!r}: member .{suffix} comes twice, the second at offset {member.offset}")
+            raise UserError(f"{path}: sample {key!r}: member .{suffix} comes twice, the second at offset {member.offset}")
         members[lower] = member
     if key is not None:
         yield TarSample(key, members)

@@ -34,6 +34,7 @@ def plain_members(data: memoryview, offset: int, file_size: int) -> tuple[list[M
     data: a part of a tar of `file_size` bytes, from the header at `offset` on.
     """
     found: list[Member] = []
+    new = tuple.__new__  # as `Member(...)`, in a third of the time
     position = 0
     while True:
         start = position + BLOCK
@@ -45,14 +46,14 @@ def plain_members(data: memoryview, offset: int, file_size: int) -> tuple[list[M
             start += 2 * BLOCK
             if not (0 < size <= BLOCK and records.startswith(ONLY_A_TIME[size]) and records.endswith(b"\n")):
                 break
-        if len(header) < BLOCK:
+        if len(header) < BLOCK or header[KIND] not in REGULAR or not header[0] or header[PREFIX]:
             break
         size = _size(header)
         following = start + -(-size // BLOCK) * BLOCK
-        if size < 0 or header[KIND] not in REGULAR or not header[0] or header[PREFIX] or offset + following > file_size:
+        if size < 0 or offset + following > file_size:
             break
         name = header[:NAME_END].partition(b"\0")[0]
-        found.append(Member(name.decode(errors="backslashreplace"), offset + start, size))
+        found.append(new(Member, (name.decode("utf-8", "backslashreplace"), offset + start, size, None)))
         position = following
     return found, position
 
@@ -60,7 +61,7 @@ def plain_members(data: memoryview, offset: int, file_size: int) -> tuple[list[M
 def _size(header: bytes) -> int:
     """The size that a sound header of ASCII gives; -1 for any other."""
     # Of ASCII, at most 512 * 127, the lower half of the Adler-32 is the sum of the bytes plus 1, modulo 65521.
-    if not header.isascii() or (adler32(header) & 0xFFFF) - 1 != _sum(header[CHECKSUM:CHECKSUM_END]) or header[SIZE_END] not in TERMINATORS:
+    if (adler32(header) & 0xFFFF) - 1 != _sum(header[CHECKSUM:CHECKSUM_END]) or not header.isascii() or header[SIZE_END] not in TERMINATORS:
         return -1
     try:
         return int(header[SIZE:SIZE_END], 8)

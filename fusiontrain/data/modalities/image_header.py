@@ -41,7 +41,7 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
     """As `header_size`, but None where `has_exif` too: the size of a picture that is upright as it is stored."""
     if data[:2] == JPEG_MAGIC:  # most images are, and one walk tells both
         size, exif = _jpeg(data)
-        return size if size is not None and size[0] > 0 and size[1] > 0 and not exif else None
+        return None if exif or size is None or 0 in size else size
     return None if has_exif(data) else header_size(data)
 
 
@@ -57,21 +57,28 @@ def has_exif(data: bytes) -> bool:
 
 def _jpeg(data: bytes) -> tuple[tuple[int, int] | None, bool]:
     """The size, and whether there may be EXIF or XMP data, which only stand before the pixels."""
-    # An encoder writes the same header before all pictures of a size, so what one says is remembered.
-    pixels = data.find(SOS_MAGIC, 0, LONGEST_REMEMBERED)
-    found = _remembered(data[: pixels + 9]) if pixels > 0 else None
-    return _walk(data)[:2] if found is None else found
+    # An encoder writes the same header before all pictures of a size, so what the last one said is remembered, and where it ended.
+    end = _last_end[0]
+    if data[end : end + 2] == SOS_MAGIC and (found := _remembered(data[: end + 9])) is not None:
+        return found
+    size, exif, end = _walk(data)
+    if 0 < end < LONGEST_REMEMBERED:
+        _last_end[0] = end
+    return size, exif
+
+
+_last_end = [0]  # only a guess, so threads may share it
 
 
 @lru_cache(REMEMBERED)
 def _remembered(head: bytes) -> tuple[tuple[int, int] | None, bool] | None:
     """What the first bytes of a JPEG tell, if they reach its pixels: then nothing behind them matters."""
-    size, exif, reached = _walk(head)
-    return (size, exif) if reached else None
+    size, exif, end = _walk(head)
+    return (size, exif) if end else None
 
 
-def _walk(data: bytes) -> tuple[tuple[int, int] | None, bool, bool]:
-    """The size, whether there may be EXIF or XMP data, and whether the walk reached the pixels.
+def _walk(data: bytes) -> tuple[tuple[int, int] | None, bool, int]:
+    """The size, whether there may be EXIF or XMP data, and where the pixels begin, 0 if the walk did not reach them.
 
     It goes from marker to marker by their lengths, so a thumbnail inside an APP segment (a JPEG of its own) is passed over.
     """
@@ -84,12 +91,12 @@ def _walk(data: bytes) -> tuple[tuple[int, int] | None, bool, bool]:
             position += 2 + length
             continue
         if marker == SOS:
-            return size, exif, True
+            return size, exif, position
         if marker in SOF and size is None:
             size = SIDES.unpack_from(data, position + 5)
         exif |= marker == APP1[1]
         position += 1 if marker == 0xFF else 2 if marker in STANDALONE else 2 + length  # 0xFF: fill bytes may stand before a marker
-    return size, data.find(APP1, 0, HEADER_BYTES) >= 0, False  # the walk did not reach the pixels, which never hold a marker
+    return size, data.find(APP1, 0, HEADER_BYTES) >= 0, 0  # the walk did not reach the pixels, which never hold a marker
 
 
 def _gif(data: bytes) -> tuple[int, int] | None:
