@@ -25,6 +25,7 @@ setup(
     install_requires=[
         "filelock",
         "fsspec",
+        "isal",
         "numpy",
         "omegaconf",
         "pillow",

@@ -10,26 +10,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from zlib import adler32
 
-from fusiontrain.data.storage.files import ShardFile
+from fusiontrain.data.storage.files import ReadAhead, ShardFile
 from fusiontrain.data.storage.shard import Shard
+from fusiontrain.data.tar_runs import BLOCK, Member, plain_members
 from fusiontrain.utils.errors import UserError
 
-BLOCK = 512
 HEAD = 3 * BLOCK  # of a member: often a pax header of one block comes before its own
+WINDOW = 1 << 16  # bytes to look for headers in, of a file that has none at hand
 CHECKSUM, SPACES = slice(148, 156), 8 * 32  # what counts for it in itself is eight spaces
 REGULAR, LONG_NAME, PAX = (b"0", b"\0"), b"L", b"x"
 COMMENTS = (b"g", b"K")  # pax for the whole tar, and the long name of a link's target: of no use here
 LINKS = (b"1", b"2")  # what GNU tar makes of a file that it has met before
 NOT_FILES = (b"3", b"4", b"5", b"6")  # devices, folders, pipes
-
-
-class Member(NamedTuple):
-    """A file in a tar: where its bytes lie, and their CRC32 once an index has read them."""
-
-    name: str
-    offset: int
-    size: int
-    crc: int | None = None
 
 
 class TarSample(NamedTuple):
@@ -45,6 +37,11 @@ def members_in(file: ShardFile, path: Shard) -> Iterator[Member]:
     first, head = 0, b""  # what was read last, and from where
     pax_header, pax_length = b"", 0  # Python writes the same one, but for its checksum and size, before every member
     while True:
+        if long_name is None:
+            window = _window(file, position)
+            run, length = plain_members(window, position, file.size)
+            yield from run
+            position += length
         header = head[position - first : position - first + BLOCK]
         if len(header) < BLOCK:
             if position + BLOCK > file.size:
@@ -82,25 +79,35 @@ def samples_in(file: ShardFile, path: Shard) -> Iterator[TarSample]:
     """The samples of an open webdataset shard. Raises UserError where the members of a sample are not neighbours or a name comes twice."""
     seen: set[str] = set()
     key: str | None = None
+    stem_and_dot = ""
     members: dict[str, Member] = {}
     for member in members_in(file, path):
-        folder, _, base = member.name.removeprefix("./").rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if not dot or not stem:
-            continue
-        this_key = f"{folder}/{stem}" if folder else stem
-        if this_key != key:
-            if key is not None:
-                yield TarSample(key, members)
-            if this_key in seen:
-                raise UserError(f"{path}: sample {this_key!r} at offset {member.offset}: its members are not neighbours, write the shard anew")
-            seen.add(this_key)
-            key, members = this_key, {}
-        if suffix.lower() in members:
-            raise UserError(f"{path}: sample {this_key!r}: member .{suffix} comes twice, the second at offset {member.offset}")
-        members[suffix.lower()] = member
+        suffix = member.name[len(stem_and_dot) :]
+        if key is None or not member.name.startswith(stem_and_dot) or "/" in suffix:  # few do not belong to the sample of the one before
+            folder, _, base = member.name.removeprefix("./").rpartition("/")
+            stem, dot, suffix = base.partition(".")
+            if not dot or not stem:
+                continue
+            stem_and_dot = member.name[: len(member.name) - len(suffix)]
+            this_key = f"{folder}/{stem}" if folder else stem
+            if this_key != key:
+                if key is not None:
+                    yield TarSample(key, members)
+                if this_key in seen:
+                    raise UserError(f"{path}: sample {this_key!r} at offset {member.offset}: its members are not neighbours, write the shard anew")
+                seen.add(this_key)
+                key, members = this_key, {}
+        lower = suffix.lower()
+        if lower in members:
+            raise UserError(f"{path}: sample {key!r}: member .{suffix} comes twice, the second at offset {member.offset}")
+        members[lower] = member
     if key is not None:
         yield TarSample(key, members)
+
+
+def _window(file: ShardFile, position: int) -> memoryview:
+    """What lies from there on in memory that is at hand; it may be less than a header, and changes with the next read."""
+    return file.window(position) if isinstance(file, ReadAhead) else memoryview(file.read(position, min(WINDOW, max(0, file.size - position))))
 
 
 def _check_header(path: Shard, header: bytes, position: int) -> int:

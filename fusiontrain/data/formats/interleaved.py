@@ -39,9 +39,9 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents
         if text is not None and image is not None:
             raise BadSample(f"place {place} has both a text and an image")
         if isinstance(text, str) and text:
-            pieces.append(Piece(text=checked_text(text)))
+            pieces.append(Piece(checked_text(text)))
         elif image is not None:
-            pieces.append(Piece(image=next(pages) if pages is not None else _member(image, suffixes, latents)))
+            pieces.append(Piece(None, next(pages) if pages is not None else _member(image, suffixes, latents)))
         elif text not in (None, ""):
             raise BadSample(f"the text in place {place} is a {type(text).__name__}")
     if not pieces:

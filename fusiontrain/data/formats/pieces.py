@@ -89,7 +89,8 @@ def read_json(fields: Fields) -> Any:
 def checked_text(text: str) -> str:
     """The text, if it can be written as UTF-8: JSON may hold half of a surrogate pair, which no tokenizer takes. Raises BadSample."""
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError as error:
         raise BadSample(f"its text is not Unicode ({error.reason})") from error
     return text

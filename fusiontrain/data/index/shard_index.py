@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from isal.isal_zlib import crc32  # ten times as fast as that of zlib
 
 from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import CHECKSUM, READ, BadSample
@@ -148,7 +148,7 @@ def member_reader(members: dict[str, Member], file: ShardFile) -> Fields:
             data = file.read(member.offset, member.size)
         except OSError as error:
             raise BadSample(f"its .{suffix} cannot be read ({error})", READ) from error
-        if member.crc is not None and zlib.crc32(data) != member.crc:
+        if member.crc is not None and crc32(data) != member.crc:
             raise BadSample(f"its .{suffix} at offset {member.offset} does not match the CRC32 of the index", CHECKSUM)
         return data
 

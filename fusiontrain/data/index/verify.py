@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from contextlib import closing
+
+from isal.isal_zlib import crc32
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
@@ -36,8 +37,8 @@ def _problem(file: ShardFile, member: Member) -> str | None:
         data = file.read(member.offset, member.size)
     except OSError as error:
         return f"cannot be read ({error})"
-    if zlib.crc32(data) != member.crc:
-        return f"its bytes have CRC32 {zlib.crc32(data):08x}, the index says {member.crc:08x}: fetch or write the shard anew"
+    if crc32(data) != member.crc:
+        return f"its bytes have CRC32 {crc32(data):08x}, the index says {member.crc:08x}: fetch or write the shard anew"
     if is_image(member.name) and not latents_of(member.name):
         try:
             decode_image(member.name, data, POLICY)

@@ -102,6 +102,14 @@ class ReadAhead:
             parts.append(self._latest[max(0, offset - self._start) : offset + size - self._start].tobytes())
         return b"".join(parts)
 
+    def window(self, offset: int) -> memoryview:
+        """What the block that holds the offset has from there on, until the next read; empty behind the end of the file."""
+        number = offset // self._block_size
+        if offset >= self.size:
+            return NOTHING
+        self._start, self._latest = number * self._block_size, self._block(number)
+        return self._latest[offset - self._start :]
+
     def close(self) -> None:
         self.file.close()
 
