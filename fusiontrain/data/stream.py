@@ -23,7 +23,7 @@ from fusiontrain.data.collate import collate
 from fusiontrain.data.documents import Arrangement, arrange, build_document, draw
 from fusiontrain.data.errors import READ, BadSample, BadSampleLog
 from fusiontrain.data.execute.ahead import steps_ahead
-from fusiontrain.data.formats.pieces import REPRESENTATIONS, Piece, Sample, split_page
+from fusiontrain.data.formats.pieces import Piece, Sample, split_page
 from fusiontrain.data.formats.read import read_sample, source_kind
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.loader import LoaderState
@@ -168,8 +168,9 @@ class StreamLoader:
                 self.log.add(ref, error, step=self._step)
 
     def _measure(self, raw: RawSample, source: SourceConfig, ref: SourceRef, key: tuple[int, ...]) -> list[Waiting]:
-        read, latents = _reader(raw), REPRESENTATIONS[self.data.image.representation]
-        sample = read_sample(source_kind(source), [suffix for suffix in raw if not suffix.startswith("__")], read, latents)
+        read = _reader(raw)
+        suffixes = [suffix for suffix in raw if not suffix.startswith("__")]
+        sample = read_sample(source_kind(source), suffixes, read, self.data.image.representation)
         pieces, tokens = [], []
         for piece in sample.pieces:
             if piece.image is not None:

@@ -7,7 +7,7 @@ from contextlib import closing
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import is_image, latents_of
+from fusiontrain.data.formats.pieces import is_image, representation_of
 from fusiontrain.data.index.shard_index import ShardIndex
 from fusiontrain.data.modalities.image import decode_image
 from fusiontrain.data.storage.files import ReadAhead, ShardFile
@@ -38,7 +38,7 @@ def _problem(file: ShardFile, member: Member) -> str | None:
         return f"cannot be read ({error})"
     if zlib.crc32(data) != member.crc:
         return f"its bytes have CRC32 {zlib.crc32(data):08x}, the index says {member.crc:08x}: fetch or write the shard anew"
-    if is_image(member.name) and not latents_of(member.name):
+    if is_image(member.name) and representation_of(member.name) == "pixels":
         try:
             decode_image(member.name, data, POLICY)
         except BadSample as error:

@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
-from fusiontrain.data.formats.pieces import CODES_SUFFIX, LATENT_SUFFIX, latents_of, split_page
+from fusiontrain.data.formats.pieces import CODES_SUFFIX, LATENT_SUFFIX, representation_of, split_page
 from fusiontrain.data.modalities.decoders import MAX_PIXELS, decode_pixels, orientation, refuse_bomb
 from fusiontrain.data.modalities.image_header import plain_size
 from fusiontrain.data.modalities.policy import whole_patches
@@ -21,9 +21,9 @@ PIXEL_SCALE = np.float32(127.5)
 
 def image_size(suffix: str, data: bytes) -> tuple[int, int]:
     """(height, width) of the upright image in pixels from its header, or of an array in latent cells or codes. Raises BadSample."""
-    kind = latents_of(suffix)
-    if kind:
-        array = _load_latent(data) if kind == LATENT_SUFFIX else _load_codes(data)
+    kind = representation_of(suffix)
+    if kind != "pixels":
+        array = _load_latent(data) if kind == "latents" else _load_codes(data)
         return array.shape[-2], array.shape[-1]
     page = split_page(suffix)[1]
     size = None if page else plain_size(data)
@@ -50,7 +50,7 @@ def decode_image(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.
 
 def decode_patches(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.ndarray, tuple[int, int]]:
     """Bytes of a member -> patches [n, C] and their grid: pixels as uint8, latents as float32. Raises BadSample."""
-    is_latent = latents_of(suffix) == LATENT_SUFFIX
+    is_latent = representation_of(suffix) == "latents"
     maps = _load_latent(data) if is_latent else decode_pixels(suffix, data, config).transpose(2, 0, 1)
     if maps.shape[0] != config.channels:
         raise BadSample(f"its .{suffix} has {maps.shape[0]} channels, data.image.channels={config.channels}", DECODE)
