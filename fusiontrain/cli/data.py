@@ -25,6 +25,9 @@ def add_parser(subparsers: Any) -> None:
     for parser in (index, verify):
         parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar or .jsonl, a folder of them, a glob, a brace range, a URL, or pipe:COMMAND")
         add_format_arguments(parser)
+        parser.add_argument(
+            "--representation", choices=["pixels", "latents", "codes"], default="pixels", help="as data.image.representation (default: pixels)"
+        )
         parser.add_argument("--tokenizer", help="folder or tokenizer.json, or 'bytes': tokenise the texts too, as a training with it would")
         parser.add_argument("--workers", type=int, default=1, help="processes that index, a shard at a time (default: 1)")
         parser.add_argument("--out", metavar="DIR", help="keep the index there, for shards in a read-only place; a training needs data.index_dir=DIR then")
@@ -97,7 +100,7 @@ def _indexed(args: argparse.Namespace) -> Any:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     shards = list(dict.fromkeys(shard for path in args.shards for shard in expand_shards(path)))
-    how = Reading(sample_kind(args), False, None if args.out is None else Path(args.out))
+    how = Reading(sample_kind(args), args.representation, None if args.out is None else Path(args.out))
     source = None if args.tokenizer is None else (args.tokenizer, TokenizerConfig())
     console = Console(stderr=True)
     columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

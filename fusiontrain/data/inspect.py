@@ -5,13 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents, image_suffixes, latents_of, split_page
+from fusiontrain.data.formats.pieces import Representation, image_suffixes, representation_of, split_page
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.jsonl import shard_samples
 from fusiontrain.data.modalities.decoders import decode_pixels
@@ -94,15 +95,16 @@ def inspect_sample(shard: Shard, number: int, sample: TarSample, kind: str = "au
     return Inspection(shard, number, sample.key, sample.members, tuple(shown))
 
 
-def _representation(sample: TarSample) -> Latents:
-    found = {latents_of(suffix) for suffix in image_suffixes(sample.members)}
-    return next((kind for kind in REPRESENTATIONS.values() if kind in found), False)
+def _representation(sample: TarSample) -> Representation:
+    """Pixels where there are any."""
+    found = {representation_of(suffix) for suffix in image_suffixes(sample.members)}
+    return next((name for name in get_args(Representation) if name in found), "pixels")
 
 
 def _image(suffix: str, data: bytes) -> Shown:
     try:
         height, width = image_size(suffix, data)
-        if not latents_of(suffix):
+        if representation_of(suffix) == "pixels":
             return Shown(image=suffix, about=f"{width} x {height} pixels", picture=decode_pixels(suffix, data, SHOWN))
         array = load_array(suffix, data)
         sides = " x ".join(map(str, array.shape))

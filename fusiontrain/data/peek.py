@@ -13,7 +13,6 @@ from PIL import Image
 from fusiontrain.config.schema import Config, DataConfig
 from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import REPRESENTATIONS
 from fusiontrain.data.formats.read import read_sample, source_kind
 from fusiontrain.data.index.shard_index import member_reader
 from fusiontrain.data.plan.plan import Plan, PlannedDocument, PlannedSequence
@@ -52,7 +51,7 @@ def _document(planned: PlannedDocument, plan: Plan, config: Config, tokenizer: T
     try:
         members = source.indexes[shard].members(row)
         read = member_reader(members, shards.file(source.shards[shard]))
-        sample = read_sample(source_kind(source.config), members, read, REPRESENTATIONS[config.data.image.representation])
+        sample = read_sample(source_kind(source.config), members, read, config.data.image.representation)
         document = build_document(sample, read, planned.places, planned.cut, config.data, tokenizer, ref)
     except BadSample as error:
         return about | {"bad": str(error), "files": []}

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusiontrain.config.schema import Config, SourceConfig
+from fusiontrain.config.schema import Config, SourceConfig, StorageConfig
 from fusiontrain.config.validate import has_frozen_prefix
 from fusiontrain.data.batch_arrays import most_bytes
 from fusiontrain.data.collate import collate
 from fusiontrain.data.documents import Arrangement, arrange, build_document, draw
 from fusiontrain.data.errors import READ, BadSample, BadSampleLog
 from fusiontrain.data.execute.ahead import steps_ahead
-from fusiontrain.data.formats.pieces import REPRESENTATIONS, Piece, Sample, split_page
+from fusiontrain.data.formats.pieces import Piece, Sample, split_page
 from fusiontrain.data.formats.read import read_sample, source_kind
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.loader import LoaderState
@@ -34,7 +34,9 @@ from fusiontrain.data.plan.lengths import patches
 from fusiontrain.data.plan.packing import best_fit_decreasing
 from fusiontrain.data.plan.permutation import feistel
 from fusiontrain.data.plan.plan import check_world_size
-from fusiontrain.data.shards import expand_paths
+from fusiontrain.data.shards import expand_shards
+from fusiontrain.data.storage.open import stream_of
+from fusiontrain.data.storage.shard import Shard, shown_source
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.types import Batch, Document, PackedSequence, SourceRef
 from fusiontrain.utils.errors import UserError
@@ -70,15 +72,15 @@ class StreamLoader:
     def __init__(self, config: Config, tokenizer: Tokenizer, rank: int, world_size: int) -> None:
         check_world_size(config, world_size)
         self.config, self.data, self.tokenizer, self.rank, self.world_size = config, config.data, tokenizer, rank, world_size
-        self.shards = [_expand(source.path) for source in self.data.sources]
+        self.shards = [_expand(source, self.data.storage) for source in self.data.sources]
         for source, shards in zip(self.data.sources, self.shards, strict=True):
             if len(shards) < world_size:
-                raise UserError(f"{source.path}: {len(shards)} shards for {world_size} ranks; data.mode=stream needs one for each")
+                raise UserError(f"{shown_source(source.path)}: {len(shards)} shards for {world_size} ranks; data.mode=stream needs one for each")
         self.fields = {
             "data.mode": "stream",
             "number of ranks (data.mode=stream is not elastic)": str(world_size),
             "seed": str(config.seed),
-            "data.sources": repr([source.model_dump() for source in self.data.sources]),
+            "data.sources": repr([source.model_dump() | {"path": shown_source(source.path)} for source in self.data.sources]),
             "data.sequence_length": str(self.data.sequence_length),
             "data.tokenizer": tokenizer.fingerprint,
         }
@@ -162,15 +164,16 @@ class StreamLoader:
             source = min(bisect.bisect_right(bounds, place), len(bounds) - 1)
             url, raw = next(streams[source])
             config = self.data.sources[source]
-            ref = SourceRef(config.path, url, number, raw["__key__"])
+            ref = SourceRef(shown_source(config.path), url, number, raw["__key__"])
             try:
                 yield from self._measure(raw, config, ref, (self.config.seed, start, self.rank, number, _DOCUMENT_DRAW))
             except BadSample as error:
                 self.log.add(ref, error, step=self._step)
 
     def _measure(self, raw: RawSample, source: SourceConfig, ref: SourceRef, key: tuple[int, ...]) -> list[Waiting]:
-        read, latents = _reader(raw), REPRESENTATIONS[self.data.image.representation]
-        sample = read_sample(source_kind(source), [suffix for suffix in raw if not suffix.startswith("__")], read, latents)
+        read = _reader(raw)
+        suffixes = [suffix for suffix in raw if not suffix.startswith("__")]
+        sample = read_sample(source_kind(source), suffixes, read, self.data.image.representation)
         pieces, tokens = [], []
         for piece in sample.pieces:
             if piece.image is not None:
@@ -200,26 +203,23 @@ class StreamLoader:
                 empty = False
                 yield found
             if empty:
-                raise UserError(f"{self.data.sources[source].path}: not one sample could be read from its shards")
+                raise UserError(f"{shown_source(self.data.sources[source].path)}: not one sample could be read from its shards")
 
-    def _read(self, source: int, urls: list[str]) -> Iterator[tuple[str, RawSample]]:
+    def _read(self, source: int, shards: list[Shard]) -> Iterator[tuple[str, RawSample]]:
         """The samples of shards, one after the other. A shard that breaks off is counted, for there is no telling what was in the rest."""
-        from webdataset.gopen import gopen, set_options
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        for number, url in enumerate(urls):
+        for number, shard in enumerate(shards):
             try:
-                with gopen(url) as stream:
-                    set_options(stream, ignore_errors=True)  # or what a pipe wrote before it failed would go unread
-                    for raw in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                        yield url, raw
-                    while stream.read(1 << 20):  # to its end, or a pipe could not finish
+                with stream_of(shard) as stream:
+                    for raw in group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}])):
+                        yield str(shard), raw
+                    while stream.read(1 << 20):  # to its end, where it is seen whether a command has succeeded
                         pass
-                if getattr(stream, "status", None):
-                    raise OSError(f"exit status {stream.status}")
-            except Exception as error:  # whatever a tar, a pipe or a server may raise
-                ref = SourceRef(self.data.sources[source].path, url, number, "(the shard)")
-                self.log.add(ref, BadSample(f"reading it ended early ({error})", READ), step=self._step)
+            except Exception as error:  # whatever a tar or a disk may raise; webdataset adds to what the error says
+                ref = SourceRef(shown_source(self.data.sources[source].path), str(shard), number, "(the shard)")
+                said = next(iter(error.args), type(error).__name__) if not isinstance(error, OSError) else error
+                self.log.add(ref, BadSample(f"reading it ended early ({said})", READ), step=self._step)
 
     def _rng(self, *key: int) -> random.Random:
         return random.Random(hash_key(self.config.seed, self.rank, *key))
@@ -229,13 +229,8 @@ def _reader(raw: RawSample) -> Any:
     return lambda name: raw[split_page(name)[0]]
 
 
-def _expand(path: str) -> list[str]:
-    """The shards that a path means: local ones as anywhere, pipes and URLs by their braces."""
-    if not path.startswith("pipe:") and "://" not in path:
-        shards = [str(shard) for shard in expand_paths(path, (".tar", ".tar.gz", ".tgz"))]
-        if any(shard.endswith(".jsonl") for shard in shards):
-            raise UserError(f"{path}: data.mode=stream reads tars; JSON lines are read with data.mode=planned")
-        return shards
-    from webdataset.shardlists import expand_urls
-
-    return list(expand_urls(path))
+def _expand(source: SourceConfig, settings: StorageConfig) -> list[Shard]:
+    shards = expand_shards(source.path, settings)
+    if any(str(shard).removesuffix(".gz").endswith(".jsonl") for shard in shards):
+        raise UserError(f"{shown_source(source.path)}: data.mode=stream reads tars; JSON lines are read with data.mode=planned")
+    return shards

@@ -20,7 +20,7 @@ from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.tar import Member, members_in
 from fusiontrain.data.tokenizer import Tokenizer
 
-AUTO = Reading("auto", False)
+AUTO = Reading("auto", "pixels")
 
 
 def png(seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB", format: str = "PNG") -> bytes:

@@ -143,7 +143,7 @@ def index_speed(folder: Path, documents: int) -> str:
         seconds = []
         for _ in range(5):
             began = time.process_time()
-            assert sum(len(build_index(path, "auto", False)) for path in paths) == documents
+            assert sum(len(build_index(path, "auto", "pixels")) for path in paths) == documents
             seconds.append(time.process_time() - began)
         return documents / statistics.median(seconds)
 

@@ -81,7 +81,7 @@ def make_shard_index(documents: int) -> tuple[ShardIndex, np.ndarray]:
 def write_index(folder: Path, num_shards: int, documents: int) -> None:
     """Shards that are holes, their index files, which are links, and their manifests."""
     config = config_of(folder)
-    how, tokenizer = Reading("auto", False), load_tokenizer(config)
+    how, tokenizer = Reading("auto", "pixels"), load_tokenizer(config)
     index, counts = make_shard_index(documents)
     start = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])[index.piece_start]
     digests = index.digest(), counts_digest(counts)

@@ -139,13 +139,13 @@ def documents_of(folder):
     """[(key, pieces)] of every shard, read as training reads them: texts, and the bytes of images."""
     found = []
     for path in sorted(folder.glob("*.tar")):
-        index = build_index(path, "auto", False)
+        index = build_index(path, "auto", "pixels")
         assert index.bad == ()
         with tarfile.open(path) as tar:
             for row in range(len(index)):
                 key = index.key(row)
                 data = {suffix: tar.extractfile(f"{key}.{suffix}").read() for suffix in index.members(row)}
-                pieces = read_sample("auto", data, data.__getitem__, False).pieces
+                pieces = read_sample("auto", data, data.__getitem__, "pixels").pieces
                 found.append((key, [piece.text if piece.text is not None else data[piece.image] for piece in pieces]))
     return found
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from fusiontrain.data.documents import Draws, Place, arrange, build_document, draw
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import REPRESENTATIONS
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -33,8 +32,7 @@ def built(members, draws=AS_IT_IS, kind="auto", **overrides):
     """The document of a sample whose pieces are measured here, as the index would."""
     config = tiny_config(overrides)
     tokenizer = load_tokenizer(config)
-    latents = REPRESENTATIONS[config.data.image.representation]
-    sample = read_sample(kind, members, members.__getitem__, latents)
+    sample = read_sample(kind, members, members.__getitem__, config.data.image.representation)
     kinds = [IMAGE_PIECE if piece.image else TEXT_PIECE for piece in sample.pieces]
     tokens = [4 if piece.image else len(tokenizer.encode(piece.text)) for piece in sample.pieces]
     ((places, length, cut),) = arrange(kinds, tokens, sample.is_pair, draws, config.data, tokenizer.begin_text_id is not None)
@@ -126,7 +124,7 @@ def test_a_sample_that_is_not_the_indexed_one_is_bad():
     tokenizer = load_tokenizer(config)
     for places in ([Place(0, TEXT_PIECE, 3)], [Place(0, IMAGE_PIECE, 4)], [Place(5, TEXT_PIECE, 2)], [Place(0, TEXT_PIECE, 1)], [Place(1, IMAGE_PIECE, 9)]):
         with pytest.raises(BadSample, match="since it was indexed"):
-            build_document(read_sample("auto", PAIR, PAIR.__getitem__, False), PAIR.__getitem__, places, False, config.data, tokenizer, SOURCE)
+            build_document(read_sample("auto", PAIR, PAIR.__getitem__, "pixels"), PAIR.__getitem__, places, False, config.data, tokenizer, SOURCE)
 
 
 # ---------------------------------------------------------------- latents and damage

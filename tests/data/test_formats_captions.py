@@ -39,7 +39,7 @@ def texts_of(sample):
 
 
 def read(members, kind="auto"):
-    return read_sample(kind, members, members.__getitem__, False)
+    return read_sample(kind, members, members.__getitem__, "pixels")
 
 
 PAIRS = {

@@ -46,7 +46,7 @@ def test_every_line_is_found_by_its_bytes(tmp_path, layout):
     content = path.read_bytes()
     found = [sample.members["json"] for sample in shard_samples(path)]
     assert [content[m.offset : m.offset + m.size] for m in found] == lines
-    index = build_index(path, "auto", False)
+    index = build_index(path, "auto", "pixels")
     assert len(index) == 3
     assert index.bad == ()
     assert verify_shard(path, index) == []
@@ -63,7 +63,7 @@ BROKEN = [b"{", b'{"text": 3}', b'"a text"', b'{"content": "a"}', b'{"text": "\x
 def test_broken_lines_are_bad_samples_with_their_offset_and_cost_no_other_line(tmp_path):
     lines = [part for number, bad in enumerate(BROKEN) for part in (line(f"sound {number}"), bad)]
     path = write(tmp_path / "x.jsonl", b"\n".join(lines))
-    index = build_index(path, "auto", False)
+    index = build_index(path, "auto", "pixels")
     assert len(index) == len(BROKEN)
     assert [number for number, *_ in index.bad] == list(range(1, 2 * len(BROKEN), 2))
     for number, key, reason in index.bad:
@@ -75,16 +75,16 @@ def test_broken_lines_are_bad_samples_with_their_offset_and_cost_no_other_line(t
 def test_a_huge_line_is_a_document_and_a_file_without_lines_is_not(tmp_path, monkeypatch):
     text = "x" * 3_000_000
     path = write(tmp_path / "x.jsonl", line("a") + b"\n" + line(text) + b"\n" + line("b"))
-    index = build_index(path, "auto", False)
+    index = build_index(path, "auto", "pixels")
     assert index.text_bytes.tolist() == [1, len(text), 1]
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 1_000_000)
     with pytest.raises(UserError, match=r"line 2 at offset 14 is longer"):
-        build_index(path, "auto", False)
+        build_index(path, "auto", "pixels")
 
 
 def test_a_line_with_images_says_that_the_shard_has_none(tmp_path):
     path = write(tmp_path / "x.jsonl", json.dumps({"texts": ["a", None], "images": [None, "0.png"]}).encode())
-    index = build_index(path, "auto", False)
+    index = build_index(path, "auto", "pixels")
     assert len(index) == 0
     assert "has no member .0.png" in index.bad[0][2]
 
@@ -126,7 +126,7 @@ def test_a_text_key_of_lines(tmp_path):
 
 def test_a_line_that_changes_later_is_padding_and_named(tmp_path, capsys):
     path = write(tmp_path / "x.jsonl", b"\n".join(line(f"text {n}") for n in range(4)))
-    index = build_index(path, "auto", False)
+    index = build_index(path, "auto", "pixels")
     path.write_bytes(path.read_bytes().replace(b"text 2", b"text 9"))
     (problem,) = verify_shard(path, index)
     assert "line-3" in problem

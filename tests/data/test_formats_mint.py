@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
@@ -13,10 +14,11 @@ from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import is_image, page_name, split_page
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index.build import build_index
-from fusiontrain.data.index.shard_index import IMAGE_PIECE
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, member_reader
 from fusiontrain.data.index.verify import verify_shard
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.peek import peek
+from fusiontrain.data.storage.files import LocalFile
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import mixed_samples, write_shard
@@ -51,7 +53,7 @@ NAMES = ["page_0_image_85", None, "page_0_image_86", None, None, "page_3_image_1
 @pytest.mark.parametrize("suffix", ["tiff", "tif"])
 def test_each_image_is_the_next_page(suffix):
     members = mint(TEXTS, NAMES, tiff(pictures(0, SIZES)), suffix)
-    sample = read_sample("auto", members, members.__getitem__, False)
+    sample = read_sample("auto", members, members.__getitem__, "pixels")
     images = [piece.image for piece in sample.pieces if piece.image is not None]
     assert images == [f"{suffix}#page=0", f"{suffix}#page=1", f"{suffix}#page=2"]
     assert [piece.text for piece in sample.pieces] == [None, "between", None, "and", "more", None]
@@ -66,7 +68,7 @@ def test_pages_keep_their_own_sizes_and_pixels_through_index_and_loader(tmp_path
         places = names[: 2 * len(images) - 1]
         samples.append(mint([None if name else f"text {number}" for name in places], places, tiff(images, **settings)))
     path = write_shard(tmp_path / "x.tar", [*samples, *mixed_samples(2)])
-    index = build_index(path, "auto", False)
+    index = build_index(path, "auto", "pixels")
     for row, images in enumerate(sets.values()):
         pieces = index.pieces(row)
         is_image = index.kinds[pieces] == IMAGE_PIECE
@@ -90,9 +92,26 @@ def test_pages_keep_their_own_sizes_and_pixels_through_index_and_loader(tmp_path
     assert report["bad samples"] == 0
 
 
+def test_a_tiff_is_read_once_for_all_of_its_pages(tmp_path):
+    """Its bytes, and so its CRC32: a scanned book has hundreds of pages in one file."""
+    path = write_shard(tmp_path / "x.tar", [mint(TEXTS, NAMES, tiff(pictures(0, SIZES)))])
+    members, reads = build_index(path, "auto", "pixels").members(0), []
+
+    class Counted(LocalFile):
+        def read(self, offset, size):
+            reads.append(offset)
+            return super().read(offset, size)
+
+    with contextlib.closing(Counted(path)) as file:
+        read = member_reader(members, file)
+        pages = [read(page_name("tiff", page)) for page in (0, 1, 2)]
+        assert pages == [tiff(pictures(0, SIZES))] * 3 and len(reads) == 1
+        assert read("json") and len(reads) == 2
+
+
 def test_images_as_members_win_over_a_tiff_that_lies_beside_them():
     members = {"json": json.dumps({"texts": [None], "images": ["0.tiff"]}).encode(), "0.tiff": tiff(pictures(0, SIZES))}
-    (piece,) = read_sample("auto", members, members.__getitem__, False).pieces
+    (piece,) = read_sample("auto", members, members.__getitem__, "pixels").pieces
     assert piece.image == "0.tiff"
 
 
@@ -107,7 +126,7 @@ WRONG = {
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on damaged TIFF tags
 @pytest.mark.parametrize(("names", "data", "reason"), WRONG.values(), ids=WRONG.keys())
 def test_a_tiff_of_other_pages_is_a_bad_sample(tmp_path, names, data, reason):
-    index = build_index(write_shard(tmp_path / "x.tar", [mint(TEXTS, names, data), *mixed_samples(1)]), "auto", False)
+    index = build_index(write_shard(tmp_path / "x.tar", [mint(TEXTS, names, data), *mixed_samples(1)]), "auto", "pixels")
     assert len(index) == 1
     ((number, _, why),) = index.bad
     assert number == 0
@@ -117,12 +136,12 @@ def test_a_tiff_of_other_pages_is_a_bad_sample(tmp_path, names, data, reason):
 def test_latents_are_no_pages():
     members = mint(TEXTS, NAMES, tiff(pictures(0, SIZES)))
     with pytest.raises(BadSample, match="representation=latents"):
-        read_sample("auto", members, members.__getitem__, "latent.npy")
+        read_sample("auto", members, members.__getitem__, "latents")
 
 
 def test_a_document_without_images_needs_no_tiff():
     members = {"json": json.dumps({"texts": ["a", None, "b"], "images": [None, None, None]}).encode()}
-    assert [piece.text for piece in read_sample("auto", members, members.__getitem__, False).pieces] == ["a", "b"]
+    assert [piece.text for piece in read_sample("auto", members, members.__getitem__, "pixels").pieces] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("name", "parts"), [("tiff", ("tiff", 0)), ("tiff#page=3", ("tiff", 3)), ("0.png", ("0.png", 0))])

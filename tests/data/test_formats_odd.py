@@ -97,7 +97,7 @@ def test_an_image_longer_than_a_sequence_is_cut_off_before_it_and_dropped_where_
 
 
 def test_one_bad_document_of_every_kind_is_named(tmp_path):
-    index = build_index(write_shard(tmp_path / "x.tar", list(BAD.values())), "auto", False)
+    index = build_index(write_shard(tmp_path / "x.tar", list(BAD.values())), "auto", "pixels")
     assert len(index.bad) == len(BAD)
     for number, key, reason in index.bad:
         assert key == f"sample-{number:04d}"

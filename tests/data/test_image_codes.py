@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fusiontrain.cli.main import main
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
 from fusiontrain.data.formats.read import read_sample
@@ -116,11 +117,19 @@ def test_a_split_never_goes_through_the_codes_of_an_image(tmp_path):
 
 def test_a_pair_has_its_codes_where_pixels_and_latents_lie_beside_them():
     members = {"txt": b"ab", "png": png(0), "latent.npy": npy(np.ones((4, 2, 2))), "vq.npy": npy(codes(0, 2, 2))}
-    for representation, suffix in ((False, "png"), ("latent.npy", "latent.npy"), ("vq.npy", "vq.npy")):
+    for representation, suffix in (("pixels", "png"), ("latents", "latent.npy"), ("codes", "vq.npy")):
         assert [piece.image for piece in read_sample("auto", members, members.__getitem__, representation).pieces] == [None, suffix]
     del members["vq.npy"]
     with pytest.raises(BadSample, match=r"has latent\.npy, png, but data\.image\.representation=codes"):
-        read_sample("auto", members, members.__getitem__, "vq.npy")
+        read_sample("auto", members, members.__getitem__, "codes")
+
+
+@pytest.mark.parametrize(("representation", "usable"), [("pixels", 0), ("codes", 3)])
+def test_the_index_command_reads_what_a_training_does(tmp_path, capsys, representation, usable):
+    write_shard(tmp_path / "x.tar", [{"txt": b"ab", "vq.npy": npy(codes(n, 2, 2))} for n in range(3)])
+    assert main(["data", "index", str(tmp_path), "--representation", representation, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["samples"], report["unusable samples"], report["images"]) == (usable, 3 - usable, usable)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64, ">i4"])
@@ -157,7 +166,7 @@ def test_what_is_no_array_of_codes_is_found_by_the_index(data, tmp_path):
     with pytest.raises(BadSample, match=r"vq\.npy"):
         image_size("0.vq.npy", data)
     shard = write_shard(tmp_path / "a.tar", [{"txt": b"a", "vq.npy": data}, {"txt": b"b", "vq.npy": npy(codes(0, 2, 2))}])
-    index = build_index(shard, "auto", "vq.npy")
+    index = build_index(shard, "auto", "codes")
     assert [number for number, *_ in index.bad] == [0]
     assert index.heights.tolist() == [0, 2]
 

@@ -212,7 +212,7 @@ def test_a_picture_that_is_named_twice_is_shown_twice(tmp_path):
 def test_pictures_that_no_text_names_are_not_looked_at(tmp_path):
     members = {"json": json.dumps({"texts": ["ab"], "images": [None]}).encode(), "0.png": png(4), "1.jpg": b"broken"}
     shard = write_shard(tmp_path / "a.tar", [members])
-    index = build_index(shard, "auto", False)
+    index = build_index(shard, "auto", "pixels")
     assert not index.bad
     assert index.kinds.tolist() == [0]
     loader = make_loader(shard)

@@ -59,7 +59,7 @@ def content(source):
 def measured(path, index_dir=None):
     """How many shards a start had to measure."""
     seen = [0]
-    measure_shards(expand_shards(str(path)), Reading("auto", False, index_dir), TOKENIZER, progress=lambda done, total: seen.append(total))
+    measure_shards(expand_shards(str(path)), Reading("auto", "pixels", index_dir), TOKENIZER, progress=lambda done, total: seen.append(total))
     return seen[-1]
 
 

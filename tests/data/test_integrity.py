@@ -45,19 +45,19 @@ def test_damage_that_tarfile_passes_over_is_named_with_its_offset(tmp_path, dama
         with tarfile.open(path) as tar:
             assert len(tar.getnames()) == 2 < len(members), "tarfile lost the rest without a word"
     with pytest.raises(UserError, match=rf"x\.tar: damaged at offset ({at}|{at + BLOCK}): "):
-        build_index(path, "auto", False)
+        build_index(path, "auto", "pixels")
 
 
 def test_checksums_of_the_index_are_those_of_the_bytes(tmp_path):
     samples = mixed_samples(6)
-    index = build_index(write_shard(tmp_path / "x.tar", samples), "auto", False)
+    index = build_index(write_shard(tmp_path / "x.tar", samples), "auto", "pixels")
     for row, members in enumerate(samples):
         assert {suffix: member.crc for suffix, member in index.members(row).items()} == {s: zlib.crc32(data) for s, data in members.items()}
 
 
 def test_a_flipped_bit_in_a_member_is_a_bad_sample(tmp_path):
     path = write_shard(tmp_path / "x.tar", mixed_samples(2))
-    index = build_index(path, "auto", False)
+    index = build_index(path, "auto", "pixels")
     members = index.members(0)
     data = bytearray(path.read_bytes())
     data[members["1.png"].offset + members["1.png"].size - 20] ^= 1
@@ -147,7 +147,7 @@ def test_offsets_beyond_four_gib(tmp_path):
     assert (far.offset, far.size) == (hole + 2 * BLOCK, len(body))
     with closing(open_shard(path)) as file:
         assert member_reader({"txt": far}, file)("txt") == body
-    assert build_index(write_shard(tmp_path / "y.tar", mixed_samples(1)), "auto", False).offsets.dtype == np.int64
+    assert build_index(write_shard(tmp_path / "y.tar", mixed_samples(1)), "auto", "pixels").offsets.dtype == np.int64
 
 
 def test_keys_with_dots_folders_and_meta_members(tmp_path):
@@ -157,6 +157,6 @@ def test_keys_with_dots_folders_and_meta_members(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = 4
             tar.addfile(info, io.BytesIO(b"text"))
-    index = build_index(path, "captions", False)
+    index = build_index(path, "captions", "pixels")
     assert [index.key(row) for row in range(len(index))] == ["v1.2/a", f"{'long' * 40}/c"]
     assert set(index.members(0)) == {"b.txt", "txt"}

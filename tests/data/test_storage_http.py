@@ -91,7 +91,7 @@ def test_bytes_are_those_of_the_file(server):
 def test_an_index_is_that_of_the_local_file_and_streams_the_shard_once(server):
     for shard in remote(server):
         server.requests.clear()
-        built, expected = build_index(shard, "auto", False), build_index(server.folder / shard.name, "auto", False)
+        built, expected = build_index(shard, "auto", "pixels"), build_index(server.folder / shard.name, "auto", "pixels")
         assert all(np.array_equal(a, b) for a, b in zip(vars(built).values(), vars(expected).values(), strict=True))
         assert sum(size for _, _, size in server.requests) == shard.size
         assert verify_shard(shard, built) == []
@@ -101,7 +101,7 @@ def test_a_walk_over_a_shard_of_several_blocks_reads_no_block_twice(server, monk
     monkeypatch.setattr("fusiontrain.data.storage.files.READ_AHEAD_BLOCK", {False: 700, True: 4096})
     shard = remote(server)[0]
     server.requests.clear()
-    built, expected = build_index(shard, "auto", False), build_index(server.folder / shard.name, "auto", False)
+    built, expected = build_index(shard, "auto", "pixels"), build_index(server.folder / shard.name, "auto", "pixels")
     assert all(np.array_equal(a, b) for a, b in zip(vars(built).values(), vars(expected).values(), strict=True))
     blocks = [first for _, first, size in server.requests if size == 4096]
     assert len(blocks) >= 8 and blocks == sorted(set(blocks))
@@ -109,7 +109,7 @@ def test_a_walk_over_a_shard_of_several_blocks_reads_no_block_twice(server, monk
 
 def test_a_sample_is_fetched_by_one_request(server):
     shard = remote(server)[0]
-    members = build_index(shard, "auto", False).members(3)
+    members = build_index(shard, "auto", "pixels").members(3)
     server.requests.clear()
     read = member_reader(members, open_shard(shard))
     assert {suffix: zlib.crc32(read(suffix)) for suffix in members} == {suffix: member.crc for suffix, member in members.items()}
@@ -198,7 +198,7 @@ def test_a_compressed_shard_behind_http(server):
     plain = server.folder / "shard-000.tar"
     (server.folder / "z.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
     shard = expand_shards(f"{server.url}/z.tar.gz", settings())[0]
-    index, expected = build_index(shard, "auto", False), build_index(plain, "auto", False)
+    index, expected = build_index(shard, "auto", "pixels"), build_index(plain, "auto", "pixels")
     assert np.array_equal(index.crcs, expected.crcs) and np.array_equal(index.offsets, expected.offsets)
 
 
@@ -207,7 +207,7 @@ def test_json_lines_behind_http(server, name):
     lines = b"".join(json.dumps({"text": f"line {n}"}).encode() + b"\n" for n in range(9))
     (server.folder / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
     (shard,) = expand_shards(f"{server.url}/{name}", settings())
-    index, file = build_index(shard, "auto", False), open_shard(shard)
+    index, file = build_index(shard, "auto", "pixels"), open_shard(shard)
     assert [member_reader(index.members(row), file)("json") for row in range(len(index))] == lines.splitlines()
 
 
@@ -272,7 +272,7 @@ def test_bytes_that_changed_without_a_sign_are_bad_samples(server):
     loader = loader_of(source, **{"data.max_bad_fraction": 1.0})
     path = server.folder / "shard-000.tar"
     data = bytearray(path.read_bytes())
-    member = build_index(path, "auto", False).members(0)["1.png"]
+    member = build_index(path, "auto", "pixels").members(0)["1.png"]
     data[member.offset + 5] ^= 1
     path.write_bytes(data)
     tensors_of(loader, 8)
@@ -343,7 +343,7 @@ def test_passwords_and_signatures_are_used_and_never_shown(server, caplog):
 def test_a_large_picture_is_one_request(server):
     write_shard(server.folder / "big.tar", [{"txt": b"words", "png": png(0, (700, 700))}])
     shard = expand_shards(f"{server.url}/big.tar", settings())[0]
-    index = build_index(shard, "auto", False)
+    index = build_index(shard, "auto", "pixels")
     server.requests.clear()
     assert len(member_reader(index.members(0), open_shard(shard))("png")) > 1_000_000
     assert len(server.requests) == 1

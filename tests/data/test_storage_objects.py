@@ -81,7 +81,7 @@ def test_bytes_and_indexes_are_those_of_the_files(store):
         data, file = (folder / shard.name).read_bytes(), open_shard(shard)
         for first, end in np.sort(np.random.default_rng(1).integers(0, len(data), (5, 2)), axis=1).tolist():
             assert file.read(first, end - first) == data[first:end]
-        built, expected = build_index(shard, "auto", False), build_index(folder / shard.name, "auto", False)
+        built, expected = build_index(shard, "auto", "pixels"), build_index(folder / shard.name, "auto", "pixels")
         assert all(np.array_equal(a, b) for a, b in zip(vars(built).values(), vars(expected).values(), strict=True))
 
 

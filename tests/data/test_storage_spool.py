@@ -90,17 +90,17 @@ def test_a_shard_that_is_there_is_not_made_again(shards):
     count = shards.parent / "count"
     (shard,) = expand_shards(f"pipe:echo x >> {count}; cat {shards}/shard-000.tar", settings(shards))
     for _ in range(3):
-        build_index(shard, "auto", False)
+        build_index(shard, "auto", "pixels")
     assert count.read_text() == "x\n"
 
 
 def test_a_compressed_shard_that_changes_is_decompressed_anew(shards):
     path = compressed(shards) / "shard-000.tar.gz"
     (shard,) = expand_shards(str(path), settings(shards))
-    first = build_index(shard, "auto", False)
+    first = build_index(shard, "auto", "pixels")
     path.write_bytes((path.parent / "shard-001.tar.gz").read_bytes())
     os.utime(path, (1, 1))
-    assert build_index(shard, "auto", False).key_bytes.tobytes() != first.key_bytes.tobytes()
+    assert build_index(shard, "auto", "pixels").key_bytes.tobytes() != first.key_bytes.tobytes()
 
 
 def test_the_folder_never_holds_more_than_it_may_and_every_epoch_is_the_same(shards, caplog):

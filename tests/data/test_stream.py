@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,14 @@ from fusiontrain.cli.main import main
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.validate import cross_section_problems, file_problems
 from fusiontrain.data.loader import Loader, LoaderState
+from fusiontrain.data.storage.open import open_shard
+from fusiontrain.data.storage.shard import shown_source
 from fusiontrain.data.stream import StreamLoader
+from fusiontrain.data.tar import members_in
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.parallel.mesh import process_group, read_ranks
 from fusiontrain.testing.configs import tiny_config
+from fusiontrain.testing.range_server import range_server
 from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards
 from fusiontrain.testing.training import world_config
 from fusiontrain.train.build import build_trainer, require_same_data
@@ -126,9 +131,41 @@ def test_a_pipe_that_fails_after_its_last_byte_is_counted(shards):
     loader = stream(path, **{"data.max_bad_fraction": 0.9})
     assert len({key for step in keys_of(loader, 0, 6) for key, _ in step}) == 6
     assert loader.skipped > 0
-    assert set(loader.log.counts) == {(path, "read")}
-    with pytest.raises(UserError, match=r"unreadable \(1 read\).*exit status 3"):
+    assert set(loader.log.counts) == {(shown_source(path), "read")}
+    with pytest.raises(UserError, match=r"unreadable \(1 read\).*ended with status 3"):
         keys_of(stream(path), 0, 6)
+
+
+def test_a_pipe_that_falls_silent_is_counted_and_its_arguments_are_not_shown(shards, caplog):
+    path = f"pipe:sleep 60 # --token hunter2 {shards}/shard-000.tar"
+    loader = stream(path, shards, **{"data.max_bad_fraction": 0.9, "data.storage.timeout_seconds": 0.2})
+    with pytest.raises(UserError, match=r"not one sample could be read") as error:
+        keys_of(loader, 0, 40)
+    (finding,) = loader.log.take(100)
+    assert "wrote nothing for 0.2 seconds" in finding["message"]
+    assert "hunter2" not in f"{error.value} {finding} {caplog.text} {loader.fields}"
+
+
+def test_a_pipe_that_ends_between_two_members_is_counted(tmp_path, shards):
+    """`tarfile` takes it for a whole tar."""
+    data = Path(shards, "shard-000.tar").read_bytes()
+    with contextlib.closing(open_shard(Path(shards, "shard-000.tar"))) as file:
+        end = [member.offset for member in members_in(file, Path("x"))][-1] - 512
+    (tmp_path / "cut.tar").write_bytes(data[:end])
+    loader = stream(f"pipe:cat {tmp_path}/cut.tar", shards, **{"data.max_bad_fraction": 0.9})
+    keys_of(loader, 0, 12)
+    assert any("does not end as a tar does" in finding["message"] for finding in loader.log.take(100))
+
+
+def test_shards_behind_http_are_read_as_local_ones(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr("fusiontrain.data.storage.retry.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("fusiontrain.data.storage.retry.LONGEST_WAIT_SECONDS", 0.05)
+    with range_server(Path(shards)) as server:
+        faults = itertools.cycle([None, "503", "short"])
+        server.fault = lambda number, path: next(faults)
+        loader = stream(server.url + "/shard-{000..003}.tar")
+        assert keys_of(loader, 0, 12) == keys_of(stream(shards), 0, 12)
+        assert loader.skipped == 0
 
 
 def test_a_shard_cut_within_a_member_is_counted_and_the_others_go_on(tmp_path):

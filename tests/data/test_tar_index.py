@@ -205,7 +205,7 @@ def test_names_that_are_not_utf8_stay_apart(tmp_path):
             info.size = 1
             tar.addfile(info, io.BytesIO(b"x"))
     assert [member.name for member in read_members(path)] == ["\\xe9.txt", "\\xe8.txt"]
-    assert len(build_index(path, "auto", False)) == 2
+    assert len(build_index(path, "auto", "pixels")) == 2
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
@@ -268,7 +268,7 @@ def test_keys_end_at_the_first_dot_and_suffixes_are_lower_case(tmp_path):
 
 def test_index_measures_texts_and_images(tmp_path):
     samples = [interleaved(["one", None, "two!"], [None, png(0, (12, 20)), None]), {"txt": b"abc", "jpg": png(1, (30, 10), format="JPEG")}]
-    index = build_index(write_shard(tmp_path / "x.tar", samples), "auto", False)
+    index = build_index(write_shard(tmp_path / "x.tar", samples), "auto", "pixels")
     assert index.kinds.tolist() == [TEXT_PIECE, IMAGE_PIECE, TEXT_PIECE, TEXT_PIECE, IMAGE_PIECE]
     assert index.text_bytes.tolist() == [3, 0, 4, 3, 0]
     assert index.heights.tolist() == [0, 20, 0, 0, 10]
@@ -280,7 +280,7 @@ def test_index_measures_texts_and_images(tmp_path):
 def test_members_in_the_index_are_the_bytes_that_were_written(tmp_path):
     samples = mixed_samples(6)
     path = write_shard(tmp_path / "x.tar", samples)
-    index = build_index(path, "auto", False)
+    index = build_index(path, "auto", "pixels")
     data = path.read_bytes()
     for row, members in enumerate(samples):
         found = {suffix: data[m.offset : m.offset + m.size] for suffix, m in index.members(row).items()}
@@ -312,7 +312,7 @@ def test_a_bad_sample_is_named_and_the_others_stay(tmp_path, members, reason):
     import re
 
     good = mixed_samples(2)
-    index = build_index(write_shard(tmp_path / "x.tar", [good[0], members, good[1]]), "auto", False)
+    index = build_index(write_shard(tmp_path / "x.tar", [good[0], members, good[1]]), "auto", "pixels")
     assert index.numbers.tolist() == [0, 2]
     ((number, _, found),) = index.bad
     assert number == 1

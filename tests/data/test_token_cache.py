@@ -56,7 +56,7 @@ def test_cached_ids_are_those_of_the_live_tokenizer(tmp_path, bpe, name):
         file, tokens = open_shard(shard), open_shard(cache.path)
         for row in range(len(index)):
             members = index.members(row)
-            live = [tokenizer.encode(p.text) for p in read_sample("auto", members, member_reader(members, file), False).pieces if p.text is not None]
+            live = [tokenizer.encode(p.text) for p in read_sample("auto", members, member_reader(members, file), "pixels").pieces if p.text is not None]
             pieces = index.pieces(row)
             assert cache.counts[pieces][index.kinds[pieces] == TEXT_PIECE].tolist() == list(map(len, live))
             assert cache.read(tokens, row).tolist() == [token for ids in live for token in ids]

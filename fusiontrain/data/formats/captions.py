@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import Fields, Latents, Piece, Sample, checked_text, image_suffixes, latents_of, read_json, representation_of
+from fusiontrain.data.formats.pieces import Fields, Piece, Representation, Sample, checked_text, image_suffixes, read_json, representation_of
 
 TEXT_KEYS = ("caption", "captions", "text")
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -15,7 +15,9 @@ DOWNLOAD_FIELDS = {"url", "status", "error_message"}
 """What img2dataset writes into every .json about how the download of its image went."""
 
 
-def read_captions(suffixes: Collection[str], fields: Fields, latents: Latents, text_key: str | None = None, document: Any = None) -> Sample:
+def read_captions(
+    suffixes: Collection[str], fields: Fields, representation: Representation, text_key: str | None = None, document: Any = None
+) -> Sample:
     """A pair from `{key}.jpg` (or .png, ...) and its text; text alone without an image.
 
     The text is the first of these that is not blank: `{key}.txt`, `.text` or `.caption`; the field "caption", "captions" or "text" of
@@ -24,9 +26,9 @@ def read_captions(suffixes: Collection[str], fields: Fields, latents: Latents, t
     representation only, and where img2dataset says that there is none. document: what is in the .json, where it was read before.
     """
     found = image_suffixes(suffixes)
-    images = [suffix for suffix in found if latents_of(suffix) == latents]
+    images = [suffix for suffix in found if representation_of(suffix) == representation]
     if found and not images:
-        raise BadSample(f"has {', '.join(found)}, but data.image.representation={representation_of(latents)}")
+        raise BadSample(f"has {', '.join(found)}, but data.image.representation={representation}")
     if len(images) > 1:
         raise BadSample(f"has {len(images)} images ({', '.join(images)}), a caption pair has one")
     texts = _texts(suffixes, fields, text_key, document)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from fusiontrain.data.errors import DECODE, BadSample
-from fusiontrain.data.formats.pieces import Fields, Latents, Piece, Sample, checked_text, page_name, read_json, representation_of
+from fusiontrain.data.formats.pieces import ARRAYS, Fields, Piece, Representation, Sample, checked_text, page_name, read_json
 
 TIFF_SUFFIXES = ("tiff", "tif")
 
@@ -19,10 +19,11 @@ def is_interleaved(document: Any) -> bool:
     return isinstance(document, dict) and isinstance(document.get("texts"), list) and isinstance(document.get("images"), list)
 
 
-def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents, document: Any = None) -> Sample:
+def read_interleaved(suffixes: Collection[str], fields: Fields, representation: Representation, document: Any = None) -> Sample:
     """Raises BadSample for json that is not of this layout and for images that are not in the tar.
 
-    latents: an image `0.png` is taken from the member `0.latent.npy` or `0.vq.npy`. document: what is in the .json, where it was read before.
+    representation: other than pixels, an image `0.png` is taken from the member `0.latent.npy` or `0.vq.npy`. document: what is in
+    the .json, where it was read before.
     """
     if "json" not in suffixes:
         raise BadSample("has no .json member")
@@ -33,7 +34,7 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents
     texts, images = document["texts"], document["images"]
     if len(texts) != len(images):
         raise BadSample(f"'texts' has {len(texts)} places and 'images' {len(images)}")
-    pages = _pages(images, suffixes, fields, latents)
+    pages = _pages(images, suffixes, fields, representation)
     pieces = []
     for place, (text, image) in enumerate(zip(texts, images, strict=True)):
         if text is not None and image is not None:
@@ -41,7 +42,7 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents
         if isinstance(text, str) and text:
             pieces.append(Piece(checked_text(text)))
         elif image is not None:
-            pieces.append(Piece(None, next(pages) if pages is not None else _member(image, suffixes, latents)))
+            pieces.append(Piece(None, next(pages) if pages is not None else _member(image, suffixes, representation)))
         elif text not in (None, ""):
             raise BadSample(f"the text in place {place} is a {type(text).__name__}")
     if not pieces:
@@ -49,7 +50,7 @@ def read_interleaved(suffixes: Collection[str], fields: Fields, latents: Latents
     return Sample(tuple(pieces))
 
 
-def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, latents: Latents) -> Iterator[str] | None:
+def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, representation: Representation) -> Iterator[str] | None:
     """The names of the pages of the TIFF that holds the sample's images, one for each; None where the images are members. Raises BadSample."""
     tiff = next((suffix for suffix in TIFF_SUFFIXES if suffix in suffixes), None)
     if tiff is None:
@@ -57,8 +58,8 @@ def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, latents
     named = [image for image in images if image is not None]
     if not named or any(isinstance(image, str) and image.lower() in suffixes for image in named):
         return None
-    if latents:
-        raise BadSample(f"has its images in a .{tiff}, but data.image.representation={representation_of(latents)}")
+    if representation != "pixels":
+        raise BadSample(f"has its images in a .{tiff}, but data.image.representation={representation}")
     try:
         with Image.open(BytesIO(fields(tiff))) as opened:
             found = getattr(opened, "n_frames", 1)
@@ -71,12 +72,13 @@ def _pages(images: list[Any], suffixes: Collection[str], fields: Fields, latents
     return (page_name(tiff, page) for page in range(found))
 
 
-def _member(image: Any, suffixes: Collection[str], latents: Latents) -> str:
+def _member(image: Any, suffixes: Collection[str], representation: Representation) -> str:
     if not isinstance(image, str):
         raise BadSample(f"an image name is a {type(image).__name__}")
     name = image.lower()
-    if latents and not name.endswith(latents):
-        name = f"{name.rpartition('.')[0]}.{latents}"
+    array = ARRAYS.get(representation)
+    if array is not None and not name.endswith(array):
+        name = f"{name.rpartition('.')[0]}.{array}"
     if name not in suffixes:
         raise BadSample(f"names the image {image!r}, but the shard has no member .{name} of it")
     return name

@@ -18,11 +18,11 @@ CODES_SUFFIX = "vq.npy"
 SUFFIXES = 1 << 12
 """Names of members of which what they say is remembered: the same few come with every sample."""
 
-Latents = str | Literal[False]
-"""Which arrays stand in for the pixels of an image: those of LATENT_SUFFIX or of CODES_SUFFIX, or False for the pixels themselves."""
+Representation = Literal["pixels", "latents", "codes"]
+"""What of an image is read: `data.image.representation`."""
 
-REPRESENTATIONS: dict[str, Latents] = {"pixels": False, "latents": LATENT_SUFFIX, "codes": CODES_SUFFIX}
-"""By `data.image.representation`."""
+ARRAYS: dict[Representation, str] = {"latents": LATENT_SUFFIX, "codes": CODES_SUFFIX}
+"""The suffixes of the arrays that stand in for the pixels of an image."""
 
 Fields = Callable[[str], bytes]
 """The bytes of a member, by suffix."""
@@ -60,18 +60,13 @@ def split_page(name: str) -> tuple[str, int]:
 @lru_cache(SUFFIXES)
 def is_image(name: str) -> bool:
     suffix, _ = split_page(name)
-    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES or bool(latents_of(suffix))
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES or representation_of(suffix) != "pixels"
 
 
 @lru_cache(SUFFIXES)
-def latents_of(suffix: str) -> Latents:
-    """Which arrays a member of that suffix holds; False where it is no such array."""
-    return next((kind for kind in (LATENT_SUFFIX, CODES_SUFFIX) if f".{suffix}".endswith(f".{kind}")), False)
-
-
-def representation_of(latents: Latents) -> str:
-    """The value of `data.image.representation` that asks for these arrays."""
-    return next(name for name, kind in REPRESENTATIONS.items() if kind == latents)
+def representation_of(suffix: str) -> Representation:
+    """What a member of that suffix holds, if it is an image."""
+    return next((name for name, array in ARRAYS.items() if f".{suffix}".endswith(f".{array}")), "pixels")
 
 
 def image_suffixes(suffixes: Collection[str]) -> list[str]:

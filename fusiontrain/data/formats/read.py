@@ -9,7 +9,7 @@ from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.captions import TEXT_SUFFIXES, read_captions
 from fusiontrain.data.formats.interleaved import is_interleaved, read_interleaved
-from fusiontrain.data.formats.pieces import Fields, Latents, Sample, read_json
+from fusiontrain.data.formats.pieces import Fields, Representation, Sample, read_json
 
 
 def source_kind(source: SourceConfig) -> str:
@@ -17,15 +17,15 @@ def source_kind(source: SourceConfig) -> str:
     return source.format if source.text_key is None else f"captions:{source.text_key}"
 
 
-def read_sample(kind: str, suffixes: Collection[str], fields: Fields, latents: Latents) -> Sample:
+def read_sample(kind: str, suffixes: Collection[str], fields: Fields, representation: Representation) -> Sample:
     """The pieces of a sample of that kind; "auto" looks at its .json. Raises BadSample."""
     form, _, text_key = kind.partition(":")
     document = None
     if form == "auto":
         form, document = detect(suffixes, fields)
     if form == "interleaved":
-        return read_interleaved(suffixes, fields, latents, document)
-    return read_captions(suffixes, fields, latents, text_key or None, document)
+        return read_interleaved(suffixes, fields, representation, document)
+    return read_captions(suffixes, fields, representation, text_key or None, document)
 
 
 def detect(suffixes: Collection[str], fields: Fields) -> tuple[str, Any]:

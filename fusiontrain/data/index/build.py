@@ -11,7 +11,7 @@ from isal.isal_zlib import crc32  # ten times as fast as that of zlib
 from numpy.typing import DTypeLike
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import Latents, split_page
+from fusiontrain.data.formats.pieces import Representation, split_page
 from fusiontrain.data.formats.read import read_sample
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex, member_reader
 from fusiontrain.data.index.tokens import ids_dtype
@@ -30,9 +30,9 @@ MOST_SUFFIXES = (1 << 16) - 1
 """What uint16 numbers in `ShardIndex.suffix_ids` can tell apart."""
 
 
-def build_index(shard: Shard, kind: str, latents: Latents) -> ShardIndex:
+def build_index(shard: Shard, kind: str, representation: Representation) -> ShardIndex:
     """Walk a shard and measure every sample. Raises UserError when the tar itself is damaged; a bad sample only becomes an entry."""
-    builder = _Builder(kind, latents)
+    builder = _Builder(kind, representation)
     with closing(ReadAhead(open_shard(shard))) as file:
         for number, sample in enumerate(samples_of(file, shard)):
             try:
@@ -47,7 +47,7 @@ def build_index(shard: Shard, kind: str, latents: Latents) -> ShardIndex:
     return builder.finish()
 
 
-def build_tokens(shard: Shard, index: ShardIndex, kind: str, latents: Latents, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def build_tokens(shard: Shard, index: ShardIndex, kind: str, representation: Representation, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """`counts`, `start` and `ids` of a TokenCache. Raises UserError when the shard is no longer the one that was indexed."""
     counts = np.zeros(len(index.kinds), np.int32)
     start = np.zeros(len(index) + 1, np.int64)
@@ -58,7 +58,7 @@ def build_tokens(shard: Shard, index: ShardIndex, kind: str, latents: Latents, t
         for row in range(len(index)):
             members = index.members(row)
             total, place = 0, int(index.piece_start[row])
-            for piece in read_sample(kind, members, member_reader(members, file), latents).pieces:
+            for piece in read_sample(kind, members, member_reader(members, file), representation).pieces:
                 if piece.text is not None:
                     ids = np.array(tokenizer.encode(piece.text), dtype)
                     counts[place] = len(ids)
@@ -77,8 +77,8 @@ class _Builder:
     """Rows that grow sample by sample and become the arrays of a ShardIndex. They lie flat, as numbers: millions of tuples would keep the
     garbage collector busy."""
 
-    def __init__(self, kind: str, latents: Latents) -> None:
-        self.kind, self.latents = kind, latents
+    def __init__(self, kind: str, representation: Representation) -> None:
+        self.kind, self.representation = kind, representation
         self.samples = array("q")  # number, bytes of the key, is_pair, pieces, members
         self.pieces = array("q")  # kind, bytes of text, height, width, member
         self.members = array("q")  # suffix, offset, size, crc
@@ -88,7 +88,7 @@ class _Builder:
 
     def add(self, number: int, sample: TarSample, file: ShardFile) -> None:
         key, members, data = sample.key.encode(), sample.members, _contents(sample, file)
-        parsed = read_sample(self.kind, members, data.__getitem__, self.latents)
+        parsed = read_sample(self.kind, members, data.__getitem__, self.representation)
         places = dict(zip(members, range(len(members)), strict=True))
         pieces: list[int] = []
         for text, image, _ in parsed.pieces:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusiontrain.config.schema import Config, DataConfig, SourceConfig, TokenizerConfig
-from fusiontrain.data.formats.pieces import REPRESENTATIONS, Latents
+from fusiontrain.data.formats.pieces import Representation
 from fusiontrain.data.formats.read import source_kind
 from fusiontrain.data.index.array_file import ArrayFile, read_about, write_arrays
 from fusiontrain.data.index.build import build_index, build_tokens
@@ -49,18 +49,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Reading:
-    """How shards are read and where what was measured of them is kept: the format of their samples, latents or pixels, `data.index_dir`."""
+    """How shards are read and where what was measured of them is kept: the format of their samples, what of their images, `data.index_dir`."""
 
     kind: str
-    latents: Latents
+    representation: Representation
     index_dir: Path | None = None
 
     @property
     def index(self) -> Measure[IndexRow]:
-        return Measure(INDEX, IndexRow, (self.kind, self.latents))
+        return Measure(INDEX, IndexRow, (self.kind, self.representation))
 
     def tokens(self, tokenizer: Tokenizer) -> Measure[TokensRow]:
-        return Measure(TOKENS, TokensRow, (self.kind, self.latents, tokenizer.fingerprint))
+        return Measure(TOKENS, TokensRow, (self.kind, self.representation, tokenizer.fingerprint))
 
 
 class MeasuredShards(NamedTuple):
@@ -92,7 +92,7 @@ def prepare_sources(config: Config, progress: Progress) -> None:
 
 def reading(source: SourceConfig, data: DataConfig) -> Reading:
     """How the shards of a source are read."""
-    return Reading(source_kind(source), REPRESENTATIONS[data.image.representation], None if data.index_dir is None else Path(data.index_dir))
+    return Reading(source_kind(source), data.image.representation, None if data.index_dir is None else Path(data.index_dir))
 
 
 def measure_shards(
@@ -218,7 +218,7 @@ def _index_one(shard: Shard, stat: Stat, how: Reading) -> tuple[Path, IndexRow]:
     kept = _kept(shard, stat, how, how.index)
     if kept is not None:
         return kept
-    index = build_index(shard, how.kind, how.latents)
+    index = build_index(shard, how.kind, how.representation)
     images, text_bytes = int((index.kinds == IMAGE_PIECE).sum()), int(index.text_bytes.sum())
     row = IndexRow(shard.name, *stat, how.index.file(shard, stat), index.digest(), len(index), len(index.bad), images, text_bytes)
     arrays = {field.name: getattr(index, field.name) for field in fields(index) if field.name not in TABLES}
@@ -230,7 +230,7 @@ def _tokenize_one(shard: Shard, stat: Stat, index: ShardIndex, how: Reading, tok
     kept = _kept(shard, stat, how, measure)
     if kept is not None:
         return kept
-    arrays = build_tokens(shard, index, how.kind, how.latents, tokenizer)
+    arrays = build_tokens(shard, index, how.kind, how.representation, tokenizer)
     row = TokensRow(shard.name, *stat, measure.file(shard, stat), counts_digest(arrays["counts"]), int(arrays["start"][-1]))
     return _keep(shard, how, row, arrays, {})
 

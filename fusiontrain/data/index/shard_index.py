@@ -16,7 +16,7 @@ from isal.isal_zlib import crc32  # ten times as fast as that of zlib
 
 from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.errors import CHECKSUM, READ, BadSample
-from fusiontrain.data.formats.pieces import Fields
+from fusiontrain.data.formats.pieces import PAGE, Fields
 from fusiontrain.data.index.files import ShardFiles
 from fusiontrain.data.index.manifest import IndexRow, TokensRow
 from fusiontrain.data.index.tokens import TokenCache
@@ -138,18 +138,24 @@ class IndexedSource:
 
 def member_reader(members: dict[str, Member], file: ShardFile) -> Fields:
     """A function from suffix to the bytes of that member of an open shard. Bytes that cannot be read, or are not those that were indexed,
-    are a BadSample. Of a shard behind a network all members are fetched at once."""
+    are a BadSample. Of a shard behind a network all members are fetched at once, and a member of several images is read once for all of them."""
     if file.far and members:
         file = Stretch(file, ((member.offset, member.size) for member in members.values()))
 
+    kept: dict[int, bytes] = {}
+
     def read(suffix: str) -> bytes:
         member = members[suffix]
+        if member.offset in kept:
+            return kept[member.offset]
         try:
             data = file.read(member.offset, member.size)
         except OSError as error:
             raise BadSample(f"its .{suffix} cannot be read ({error})", READ) from error
         if member.crc is not None and crc32(data) != member.crc:
             raise BadSample(f"its .{suffix} at offset {member.offset} does not match the CRC32 of the index", CHECKSUM)
+        if PAGE in suffix:
+            kept[member.offset] = data
         return data
 
     return read

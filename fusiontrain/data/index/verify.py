@@ -8,7 +8,7 @@ from isal.isal_zlib import crc32
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import is_image, latents_of
+from fusiontrain.data.formats.pieces import is_image, representation_of
 from fusiontrain.data.index.shard_index import ShardIndex
 from fusiontrain.data.modalities.image import decode_image
 from fusiontrain.data.storage.files import ReadAhead, ShardFile
@@ -39,7 +39,7 @@ def _problem(file: ShardFile, member: Member) -> str | None:
         return f"cannot be read ({error})"
     if crc32(data) != member.crc:
         return f"its bytes have CRC32 {crc32(data):08x}, the index says {member.crc:08x}: fetch or write the shard anew"
-    if is_image(member.name) and not latents_of(member.name):
+    if is_image(member.name) and representation_of(member.name) == "pixels":
         try:
             decode_image(member.name, data, POLICY)
         except BadSample as error:

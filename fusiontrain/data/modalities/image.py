@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import DECODE, BadSample
-from fusiontrain.data.formats.pieces import CODES_SUFFIX, LATENT_SUFFIX, latents_of, split_page
+from fusiontrain.data.formats.pieces import CODES_SUFFIX, LATENT_SUFFIX, representation_of, split_page
 from fusiontrain.data.modalities.decoders import MAX_PIXELS, decode_rgbx, orientation, refuse_bomb
 from fusiontrain.data.modalities.image_header import plain_size
 from fusiontrain.data.modalities.policy import whole_patches
@@ -23,9 +23,9 @@ RGB = 3
 
 def image_size(suffix: str, data: bytes) -> tuple[int, int]:
     """(height, width) of the upright image in pixels from its header, or of an array in latent cells or codes. Raises BadSample."""
-    kind = latents_of(suffix)
-    if kind:
-        array = _load_latent(data) if kind == LATENT_SUFFIX else _load_codes(data)
+    kind = representation_of(suffix)
+    if kind != "pixels":
+        array = _load_latent(data) if kind == "latents" else _load_codes(data)
         return array.shape[-2], array.shape[-1]
     page = split_page(suffix)[1]
     size = None if page else plain_size(data)
@@ -53,7 +53,7 @@ def decode_image(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.
 def decode_patches(suffix: str, data: bytes, config: ImageDataConfig) -> tuple[np.ndarray, tuple[int, int]]:
     """Bytes of a member -> patches [n, C] and their grid: pixels as uint8, latents as float32. Raises BadSample."""
     side = config.patch_size
-    if latents_of(suffix) != LATENT_SUFFIX:
+    if representation_of(suffix) != "latents":
         _require_channels(suffix, RGB, config)
         pixels = decode_rgbx(suffix, data, config)
         return pixel_patches(pixels, side), whole_patches(pixels.shape[0], pixels.shape[1], side)

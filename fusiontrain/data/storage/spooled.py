@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from fusiontrain.data.storage.files import FileStream, LocalFile, RemoteFile, ShardFile, read_exactly
 from fusiontrain.data.storage.shard import GzipShard, PipeShard, digest, scrubbed, state, user_cache
@@ -58,10 +59,38 @@ class SpooledFile:
         pass
 
     def _open(self) -> tuple[int, bool]:
-        return self._spool.open(self._key, str(self.shard), self._content)
+        return self._spool.open(self._key, str(self.shard), lambda: content_of(self.shard))
 
-    def _content(self) -> Generator[bytes]:
-        return gunzipped(self.shard) if isinstance(self.shard, GzipShard) else output_of(self.shard)
+
+class ChunkStream(io.RawIOBase):
+    """Chunks as a stream, each made when the one before it has been read. Where one fails the stream ends, so that what came before it is
+    read, and `failure` says why."""
+
+    failure: UserError | None = None
+
+    def __init__(self, chunks: Generator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            try:
+                chunk = next(self._chunks, None)
+            except UserError as error:
+                self.failure, chunk = error, None
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
+def content_of(shard: GzipShard | PipeShard) -> Generator[bytes]:
+    """The bytes of the tar that it gives, in chunks. Raises UserError where they are damaged or the command fails."""
+    return gunzipped(shard) if isinstance(shard, GzipShard) else output_of(shard)
 
 
 def gunzipped(shard: GzipShard) -> Generator[bytes]:
