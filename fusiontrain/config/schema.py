@@ -167,7 +167,10 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    engine: Literal["fsdp"] = "fsdp"
+    engine: Literal["fsdp2", "deepspeed"] = Field("fsdp2", description="deepspeed: ZeRO of the package of that name, an extra")
+    zero_stage: Literal[1, 2, 3] = Field(
+        2, description="engine deepspeed: spread over the ranks the optimizer's state (1), gradients too (2), weights too (3)"
+    )
     dp_replicate: int = Field(1, ge=1)
     dp_shard: int = Field(-1, description="-1: all remaining ranks")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; parameters and reductions are float32")
