@@ -186,20 +186,17 @@ def start_zero(
 def import_deepspeed(device: torch.device) -> Any:
     """The package, quiet. Raises UserError where it is not installed or does not load."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on a launcher, which one process does not need
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for documents
+        with contextlib.redirect_stdout(sys.stderr):  # where its log goes from then on: stdout is for documents
             import deepspeed
     except Exception as error:  # it looks at compilers and drivers when it is imported
         raise UserError(
             f"parallel.engine=deepspeed: cannot be imported ({type(error).__name__}: {error}): pip install 'fusiontrain[deepspeed]', or set it to fsdp2"
         ) from error
-    theirs = logging.getLogger("DeepSpeed")
-    theirs.setLevel(logging.ERROR)
-    for handler in theirs.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
-    # It would be compiled for a minute on first use, and gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every module whose outputs it cannot look into
+    # Otherwise it tries them out with a compiler, and compiles for a minute what does the same as gloo on a CPU.
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
     return deepspeed
 
 
