@@ -168,19 +168,37 @@ def start_zero(
     buffers = dict(model.named_buffers())
     first = {name: parameter.detach().clone() for name, parameter in parameters.items() if parameter.requires_grad and bfloat16}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    engine, *_ = deepspeed.initialize(model=_PlainOutputs(model), optimizer=optimizer, config=_settings(parallel, clip_norm), dist_init_required=False)
+    with _hooks_as_they_are(model, units):
+        engine, *_ = deepspeed.initialize(model=_PlainOutputs(model), optimizer=optimizer, config=_settings(parallel, clip_norm), dist_init_required=False)
     for name, buffer in buffers.items():  # DeepSpeed casts these too, and the model computes with them in float32
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, buffer)
     root = tuple(parameter for parameter in parameters.values() if stage == 3 and id(parameter) not in inside)
     for parameter in root:
-        parameter.ds_persist = True  # the hooks of modules do not free what `whole_root` holds
+        parameter.is_external_param = True  # the hooks of modules do not free what `whole_root` holds
     zero = Zero(engine, stage, parameters, root)
     for name, parameter in parameters.items():
         if name in first:  # the master weights begin with all their digits, not with what the cast left
             shard = zero._piece(parameter).of(zero._piece(parameter).flat)
             shard.local.copy_(first[name].flatten()[shard.start : shard.start + len(shard.local)])
     return zero
+
+
+@contextlib.contextmanager
+def _hooks_as_they_are(model: nn.Module, units: list[nn.Module]) -> Iterator[None]:
+    """Take back the hooks that DeepSpeed gives to modules outside the shard units.
+
+    They would gather as a module is called, and how often the modules of a patcher are called depends on the images that a rank has; in stage 3
+    the ranks must call alike. The weights of these modules are the root's, which `Zero.whole_root` holds.
+    """
+    inside = {id(module) for unit in units for module in unit.modules()} | {id(model)}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    before = [(module._forward_pre_hooks.copy(), module._forward_hooks.copy()) for module in outside]
+    yield
+    for module, (pre_hooks, hooks) in zip(outside, before, strict=True):
+        for current, wanted in ((module._forward_pre_hooks, pre_hooks), (module._forward_hooks, hooks)):
+            current.clear()
+            current.update(wanted)
 
 
 def import_deepspeed(device: torch.device) -> Any:
