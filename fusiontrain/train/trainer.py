@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
@@ -23,6 +23,7 @@ from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.models.flops import count_flops
+from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_bytes, gather_floats
@@ -75,7 +76,8 @@ class StepTotals:
 class Trainer:
     """The parts of a run, put together by `build.py`, and its state, which `run` moves forward.
 
-    writer: None on all ranks but the main one. tensors and identity: what a checkpoint stores and how it is recognised.
+    writer: None on all ranks but the main one. tensors and identity: what a checkpoint stores and how it is recognised. zero: with the DeepSpeed
+    engine, which then owns model and optimizer.
     """
 
     config: Config
@@ -91,6 +93,7 @@ class Trainer:
     stop: StopRequest
     reporter: Reporter
     writer: MetricsWriter | None
+    zero: Zero | None = None
 
     def __post_init__(self) -> None:
         # Indexing counts its bad samples again in every process; a resumed run has them in its state already.
@@ -121,12 +124,14 @@ class Trainer:
         return not stopping
 
     def close(self) -> None:
-        """Close the files of the run and its shards."""
+        """Close the files of the run and its shards, and end the engine."""
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
         if self.writer is not None:
             self.writer.close()
+        if self.zero is not None:
+            self.zero.close()
 
     def _step(self, micro_batches: Sequence[Batch], rate: float) -> tuple[StepCounts, StepResult]:
         """One optimizer step, and what it counted over all ranks."""
@@ -136,7 +141,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         weights = {"text": config.objective.text_weight, "image": config.objective.image_weight}
         clip, world = config.optimizer.clip_norm, self.ranks.world_size
-        return counts, train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device)
+        return counts, train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device, self.zero)
 
     def _gather_totals(self, data_seconds: float, step_seconds: float) -> StepTotals:
         """One small all-gather, which is also where all ranks agree to stop after the same step."""
@@ -195,7 +200,8 @@ class Trainer:
         """Validation losses if they are due after this step."""
         if self.validation_loader is None or not (self._due(self.config.evaluate.every_steps) or self._is_last()):
             return {}
-        losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device)
+        with self._whole_root():
+            losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device)
         words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
         self.reporter.event(f"step {self.state.step}: validation loss {words}")
         return {f"validation/{name}": loss for name, loss in losses.items()}
@@ -207,11 +213,15 @@ class Trainer:
             return
         if not (self._due(config.sample.every_steps) or self._is_last()):
             return
-        sheet = paint_prompts(self.model, self.tokenizer, config)
+        with self._whole_root():
+            sheet = paint_prompts(self.model, self.tokenizer, config)
         free_gathered(self.model)
         if self.writer is not None:
             path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
             self.reporter.event(f"step {self.state.step}: samples in {path}")
+
+    def _whole_root(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.zero is None else self.zero.whole_root()
 
     def _save(self) -> None:
         self._require_finite_weights()
@@ -222,7 +232,7 @@ class Trainer:
 
     def _require_finite_weights(self) -> None:
         """A checkpoint of weights that are not finite would only push out the good ones."""
-        shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.tensors["model"].values())
+        shards = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in self.tensors["model"].values())
         broken = any(not shard.isfinite().all() for shard in shards if shard.is_floating_point())
         if any(flag for (flag,) in gather_floats((float(broken),))):
             raise TrainingDiverged(
