@@ -124,11 +124,8 @@ class Zero:
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
     def close(self) -> None:
-        """Take the hooks off the model and forget the process groups, which DeepSpeed keeps for the life of the process."""
-        from deepspeed.utils import groups
-
+        """Take the hooks off the model."""
         self.engine.destroy()
-        groups._release_process_group_references()
 
     def _piece(self, parameter: nn.Parameter) -> _Piece:
         optimizer = self.engine.optimizer
@@ -167,6 +164,7 @@ def start_zero(
     inside = {id(parameter) for unit in units for parameter in unit.parameters()}
     buffers = dict(model.named_buffers())
     first = {name: parameter.detach().clone() for name, parameter in parameters.items() if parameter.requires_grad and bfloat16}
+    deepspeed.utils.groups._release_process_group_references()  # it would go on with those of a process group that is no more
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     with _hooks_as_they_are(model, units):
         engine, *_ = deepspeed.initialize(model=_PlainOutputs(model), optimizer=optimizer, config=_settings(parallel, clip_norm), dist_init_required=False)
