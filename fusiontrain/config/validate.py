@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _batch, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _deepspeed, _batch, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -173,6 +173,17 @@ def _rises(entries: Sequence[tuple[int, float]]) -> bool:
     """Whether the first numbers of the entries rise from 0 or more."""
     firsts = [-1, *(first for first, _ in entries)]
     return all(before < after for before, after in itertools.pairwise(firsts))
+
+
+def _deepspeed(config: Config) -> Iterator[Problem]:
+    """What the other engine cannot do."""
+    parallel = config.parallel
+    if parallel.engine != "deepspeed":
+        return
+    if parallel.dp_replicate != 1:
+        yield Problem("parallel.dp_replicate", f"is {parallel.dp_replicate}, but ZeRO spreads over all ranks; set it to 1, or parallel.engine to fsdp2")
+    if parallel.precision == "bfloat16" and parallel.zero_stage == 1:
+        yield Problem("parallel.zero_stage", "is 1, which with parallel.precision=bfloat16 has its own optimizer in DeepSpeed that we do not save; set it to 2 or 3")
 
 
 def _batch(config: Config) -> Iterator[Problem]:
