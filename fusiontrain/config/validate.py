@@ -183,7 +183,7 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
     if parallel.dp_replicate != 1:
         yield Problem("parallel.dp_replicate", f"is {parallel.dp_replicate}, but ZeRO spreads over all ranks; set it to 1, or parallel.engine to fsdp2")
     if parallel.precision == "bfloat16" and parallel.zero_stage == 1:
-        yield Problem("parallel.zero_stage", "is 1, which with parallel.precision=bfloat16 has its own optimizer in DeepSpeed that we do not save; set it to 2 or 3")
+        yield Problem("parallel.zero_stage", "is 1, which DeepSpeed does in another way for bfloat16 that cannot be saved here; set it to 2 or 3")
 
 
 def _batch(config: Config) -> Iterator[Problem]:

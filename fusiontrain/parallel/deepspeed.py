@@ -108,10 +108,8 @@ class Zero:
                 model[name] = piece.of(piece.flat)
                 moments[f"{name}.step"] = state["step"]
                 moments.update({f"{name}.{key}": piece.of(state[key]) for key in MOMENTS})
-            elif self.stage == 3 and name in model:
-                length = parameter.ds_tensor.ds_numel
-                start = length * dist.get_rank()
-                model[name] = _Piece(parameter.ds_tensor, 0, start, max(0, min(length, parameter.ds_numel - start)), parameter.ds_shape).of(parameter.ds_tensor)
+            elif name in model:
+                model[name] = self._frozen(parameter)
         return {"model": model, "optimizer": moments}
 
     def loaded(self) -> None:
@@ -126,6 +124,13 @@ class Zero:
     def close(self) -> None:
         """Take the hooks off the model."""
         self.engine.destroy()
+
+    def _frozen(self, parameter: nn.Parameter) -> torch.Tensor:
+        if self.stage < 3:
+            return parameter.detach()
+        length = parameter.ds_tensor.ds_numel
+        start = length * dist.get_rank()
+        return _Piece(parameter.ds_tensor, 0, start, max(0, min(length, parameter.ds_numel - start)), parameter.ds_shape).of(parameter.ds_tensor)
 
     def _piece(self, parameter: nn.Parameter) -> _Piece:
         optimizer = self.engine.optimizer
