@@ -26,7 +26,6 @@ OPTIONAL = {
     "triton": "GPU kernels; comes with a CUDA build of torch",
     "diffusers": "pixels to latents by a VAE; pip install 'fusiontrain[vae]'",
     "simplejpeg": "JPEGs in less time; without it Pillow decodes them, with the same pixels or nearly so",
-    "deepspeed": "the ZeRO engine; pip install 'fusiontrain[deepspeed]'",
     "s3fs": "shards on S3; pip install 'fusiontrain[s3]'",
     "gcsfs": "shards on Google Cloud Storage; pip install 'fusiontrain[gcs]'",
 }
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> Iterator[Check]:
     """Every check in turn. A check that breaks is reported as failed, and the others still run."""
-    checks: tuple[Callable[[], Iterator[Check]], ...] = (_python, _packages, _torch, _communication, _machine, _folder)
+    checks: tuple[Callable[[], Iterator[Check]], ...] = (_python, _packages, _deepspeed, _torch, _communication, _machine, _folder)
     for check in checks:
         try:
             yield from check()
@@ -132,6 +131,23 @@ def _packages() -> Iterator[Check]:
         yield Check(name, "ok" if _installed(name) else "warn", _installed(name) or f"not installed ({use})")
     if _shadowed():
         yield Check("kernels", "fail", "a folder called 'kernels' with an __init__.py hides the package of that name; rename or leave it")
+
+
+def _deepspeed() -> Iterator[Check]:
+    """Whether parallel.engine: deepspeed can be used: what is installed need not load."""
+    if not _installed("deepspeed"):
+        yield Check("deepspeed", "warn", "not installed (the ZeRO engine; pip install 'fusiontrain[deepspeed]')")
+        return
+    from fusiontrain.parallel.deepspeed import import_deepspeed
+    from fusiontrain.parallel.mesh import pick_device
+    from fusiontrain.utils.errors import UserError
+
+    try:
+        import_deepspeed(pick_device(0))
+    except UserError as error:
+        yield Check("deepspeed", "warn", str(error))
+    else:
+        yield Check("deepspeed", "ok", f"{_installed('deepspeed')}, loads; set parallel.engine=deepspeed and parallel.zero_stage")
 
 
 def _torch() -> Iterator[Check]:

@@ -178,7 +178,10 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    engine: Literal["fsdp"] = "fsdp"
+    engine: Literal["fsdp2", "deepspeed"] = Field("fsdp2", description="deepspeed: ZeRO of the package of that name, an extra")
+    zero_stage: Literal[1, 2, 3] = Field(
+        2, description="engine deepspeed: spread over the ranks the optimizer's state (1), gradients too (2), weights too (3)"
+    )
     dp_replicate: int = Field(1, description="copies of the model; -1: all remaining ranks, which with dp_shard: 1 is DDP, for small models")
     dp_shard: int = Field(-1, description="ranks that share one copy; -1: all remaining ranks")
     frozen: Literal["shard", "replicate"] = Field(

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _mesh, _batch, _train, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _mesh, _deepspeed, _batch, _train, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -193,6 +193,27 @@ def _mesh(config: Config) -> Iterator[Problem]:
     near = parallel.reshard_after_forward
     if isinstance(near, int) and (near < 2 or (parallel.dp_shard > 0 and (near >= parallel.dp_shard or parallel.dp_shard % near))):
         yield Problem("parallel.reshard_after_forward", f"given {near}, expected a number >= 2 that divides parallel.dp_shard and is smaller")
+
+
+def _deepspeed(config: Config) -> Iterator[Problem]:
+    """What the other engine cannot do."""
+    parallel = config.parallel
+    if parallel.engine != "deepspeed":
+        return
+    if parallel.dp_replicate != 1:
+        yield Problem("parallel.dp_replicate", f"is {parallel.dp_replicate}, but ZeRO spreads over all ranks; set it to 1, or parallel.engine to fsdp2")
+    if parallel.dp_shard == 1:
+        yield Problem("parallel.dp_shard", "is 1, but ZeRO spreads over all ranks; set it to -1, or parallel.engine to fsdp2")
+    if parallel.frozen == "replicate" and parallel.zero_stage == 3:
+        yield Problem("parallel.frozen", "is replicate, but ZeRO stage 3 shards all weights; set it to shard, or parallel.zero_stage to 2")
+    if parallel.reshard_after_forward != "default" or parallel.cpu_offload or parallel.forward_prefetch or parallel.backward_prefetch != 1:
+        yield Problem("parallel", "reshard_after_forward, cpu_offload and prefetching are FSDP2's; leave them at their defaults with engine: deepspeed")
+    if config.train.ema_decay is not None:
+        yield Problem("train.ema_decay", "needs weights that DeepSpeed keeps to itself; set it to null, or parallel.engine to fsdp2")
+    if config.train.spike != "log":
+        yield Problem("train.spike", f"is {config.train.spike}, but DeepSpeed updates before anybody can judge the step; set it to log")
+    if parallel.precision == "bfloat16" and parallel.zero_stage == 1:
+        yield Problem("parallel.zero_stage", "is 1, which DeepSpeed does in another way for bfloat16 that cannot be saved here; set it to 2 or 3")
 
 
 def _batch(config: Config) -> Iterator[Problem]:

@@ -113,7 +113,7 @@ def process_group(ranks: Ranks, parallel: ParallelConfig) -> Iterator[None]:
 
 def needs_group(world_size: int, parallel: ParallelConfig) -> bool:
     """Whether this run shards its model, which takes a process group."""
-    return world_size > 1 or parallel.precision != "float32" or parallel.cpu_offload
+    return world_size > 1 or parallel.precision != "float32" or parallel.cpu_offload or parallel.engine == "deepspeed"
 
 
 def mesh_shape(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
@@ -144,7 +144,7 @@ def mesh_shape(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
 def build_mesh(parallel: ParallelConfig, ranks: Ranks) -> DeviceMesh | None:
     """The mesh that the model is spread over: ("dp_shard",), or ("dp_replicate", "dp_shard"); None where nothing is spread."""
     replicate, shard = mesh_shape(parallel, ranks.world_size)
-    if not needs_group(ranks.world_size, parallel):
+    if not needs_group(ranks.world_size, parallel) or parallel.engine == "deepspeed":
         return None
     if replicate == 1:
         return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("dp_shard",))

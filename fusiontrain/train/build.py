@@ -17,6 +17,7 @@ from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.models.build import declare_model, first_weights
 from fusiontrain.parallel.apply import parallelize
+from fusiontrain.parallel.deepspeed import start_zero
 from fusiontrain.parallel.mesh import Ranks, build_mesh, mesh_shape, set_threads
 from fusiontrain.parallel.reduce import at_length, barrier, gather_objects, on_main
 from fusiontrain.train import ema
@@ -82,16 +83,21 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     optimizer = build_optimizer(parameters, embeddings, config.optimizer)
     # Frozen weights that came from a folder are named by their hash instead of being stored again and again.
     weights = model_tensors(model, parameters, include_frozen=config.model.base is None)
-    tensors = {"model": weights, "optimizer": optimizer_tensors(optimizer, parameters)}
+    zero = None
+    if config.parallel.engine == "deepspeed":
+        zero = start_zero(model, model.plan(), parameters, optimizer, config.parallel, config.optimizer.clip_norm, ranks.device)
+    tensors = {"model": weights, "optimizer": optimizer_tensors(optimizer, parameters)} if zero is None else zero.tensors(weights)
     if config.train.ema_decay is not None:
         tensors[ema.GROUP] = ema.average_weights(optimizer, parameters, config.train.ema_decay)
-    identity = on_main(lambda: model_identity(config, weights) | ema.note(config.train))
+    identity = on_main(lambda: model_identity(config, tensors["model"]) | ema.note(config.train))
     state, passed_over = resume(config, ranks, tensors, identity, loader.fields)
+    if zero is not None:
+        zero.loaded()
     for damage in passed_over:
         reporter.event(f"passed over {damage}")
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
-    return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer)
+    return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer, zero)
 
 
 def index_first(config: Config, ranks: Ranks, reporter: Reporter) -> None:

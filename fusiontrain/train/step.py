@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fusiontrain.modality import MODALITY_NAMES
+from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import set_gradient_sync
 from fusiontrain.parallel.reduce import sum_integers, sum_tensor
 from fusiontrain.types import Batch, LossTerm
@@ -62,16 +63,23 @@ def accumulate_gradients(
     targets: Mapping[str, int],
     world_size: int,
     device: torch.device,
+    zero: Zero | None = None,
 ) -> torch.Tensor:
     """Forward and backward of every micro-batch; returns this rank's loss sums, [modalities] float64 on the device.
 
-    Gradients are communicated once, with the last micro-batch. FSDP averages them over ranks, hence the factor `world_size`.
+    Gradients are communicated once, with the last micro-batch (ZeRO from stage 2 on: with every one). Both engines average them over ranks,
+    hence the factor `world_size`.
     """
     sums = torch.zeros(len(MODALITY_NAMES), dtype=torch.float64, device=device)
     for index, batch in enumerate(micro_batches):
-        set_gradient_sync(model, index == len(micro_batches) - 1)
-        terms = model(batch.to(device))
-        (weighted_loss(terms, weights, targets) * world_size).backward()
+        last = index == len(micro_batches) - 1
+        set_gradient_sync(model, last)
+        terms = model(batch.to(device)) if zero is None else zero.forward(batch.to(device))
+        loss = weighted_loss(terms, weights, targets) * world_size
+        if zero is None:
+            loss.backward()
+        else:
+            zero.backward(loss, last)
         for name, term in terms.items():
             sums[MODALITY_NAMES.index(name)] += term.sum.detach()
     return sums
@@ -87,22 +95,34 @@ def train_step(
     world_size: int,
     device: torch.device,
     accept: Callable[[StepResult], bool] = lambda result: result.finite,
+    zero: Zero | None = None,
 ) -> StepResult:
     """Forward, backward, clip, and an optimizer step if `accept` says so of the result (else nothing changes).
 
-    All ranks see the same loss and norm, so all take the same decision. The host waits for the device once, to read them.
+    All ranks see the same loss and norm, so all take the same decision. The host waits for the device once, to read them. With `zero`,
+    DeepSpeed clips (to the norm that it was started with) and updates what is finite; `accept` is only told.
     """
+    if zero is not None:
+        with zero.whole_root():
+            sums = accumulate_gradients(model, micro_batches, weights, counts.targets, world_size, device, zero)
+        result = _result(sum_tensor(sums).tolist(), zero.step(), counts, weights)
+        accept(result)
+        return result
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sums = accumulate_gradients(model, micro_batches, weights, counts.targets, world_size, device)
     norm = torch.nn.utils.clip_grad_norm_(trainable, clip_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     *totals, grad_norm = torch.cat([sum_tensor(sums), norm.double().reshape(1).to(device)]).tolist()  # offloaded gradients have theirs on the CPU
-    losses = {
-        name: total / counts.targets[name] if counts.targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)
-    }
-    loss = sum(weights[name] * losses[name] for name in MODALITY_NAMES if counts.targets[name])
-    result = StepResult(loss, losses, grad_norm)
+    result = _result(totals, grad_norm, counts, weights)
     if accept(result):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return result
+
+
+def _result(totals: Sequence[float], grad_norm: float, counts: StepCounts, weights: Mapping[str, float]) -> StepResult:
+    losses = {
+        name: total / counts.targets[name] if counts.targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)
+    }
+    loss = sum(weights[name] * losses[name] for name in MODALITY_NAMES if counts.targets[name])
+    return StepResult(loss, losses, grad_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
@@ -24,6 +24,7 @@ from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.modality import MODALITY_NAMES
 from fusiontrain.models.flops import count_flops
+from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_bytes, gather_floats
@@ -80,7 +81,8 @@ class StepTotals:
 class Trainer:
     """The parts of a run, put together by `build.py`, and its state, which `run` moves forward.
 
-    writer: None on all ranks but the main one. tensors and identity: what a checkpoint stores and how it is recognised.
+    writer: None on all ranks but the main one. tensors and identity: what a checkpoint stores and how it is recognised. zero: with the DeepSpeed
+    engine, which then owns model and optimizer.
     """
 
     config: Config
@@ -96,6 +98,7 @@ class Trainer:
     stop: StopRequest
     reporter: Reporter
     writer: MetricsWriter | None
+    zero: Zero | None = None
 
     def __post_init__(self) -> None:
         # Indexing counts its bad samples again in every process; a resumed run has them in its state already.
@@ -131,12 +134,14 @@ class Trainer:
         return not stopping
 
     def close(self) -> None:
-        """Close the files of the run and its shards."""
+        """Close the files of the run and its shards, and end the engine."""
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
         if self.writer is not None:
             self.writer.close()
+        if self.zero is not None:
+            self.zero.close()
 
     def _step(self, micro_batches: Sequence[Batch], rate: float) -> tuple[StepCounts, StepResult, Verdict]:
         """One optimizer step: what it counted over all ranks, what came of it, and whether it changed the weights."""
@@ -154,7 +159,7 @@ class Trainer:
             verdicts.append(judge(result, self.state.history, config.train))
             return verdicts[-1].action is Action.UPDATE
 
-        result = train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device, accept)
+        result = train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device, accept, self.zero)
         return counts, result, verdicts[-1]
 
     def _report_bad_step(self, verdict: Verdict, result: StepResult, micro_batches: Sequence[Batch]) -> None:
@@ -227,7 +232,8 @@ class Trainer:
         """Validation losses if they are due after this step."""
         if self.validation_loader is None or not self._due_or_last(self.config.evaluate.every_steps):
             return {}
-        losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device)
+        with self._whole_root():
+            losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device)
         words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
         self.reporter.event(f"step {self.state.step}: validation loss {words}")
         return {f"validation/{name}": loss for name, loss in losses.items()}
@@ -239,11 +245,15 @@ class Trainer:
             return
         if not self._due_or_last(config.sample.every_steps):
             return
-        sheet = paint_prompts(self.model, self.tokenizer, config)
+        with self._whole_root():
+            sheet = paint_prompts(self.model, self.tokenizer, config)
         free_gathered(self.model)
         if self.writer is not None:
             path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
             self.reporter.event(f"step {self.state.step}: samples in {path}")
+
+    def _whole_root(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.zero is None else self.zero.whole_root()
 
     def _save(self, values: Mapping[str, Any]) -> None:
         self._require_finite_weights()
@@ -255,7 +265,7 @@ class Trainer:
 
     def _require_finite_weights(self) -> None:
         """A checkpoint of weights that are not finite would only push out the good ones."""
-        shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in self.tensors["model"].values())
+        shards = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in self.tensors["model"].values())
         broken = any(not shard.isfinite().all() for shard in shards if shard.is_floating_point())
         if any(flag for (flag,) in gather_floats((float(broken),))):
             raise TrainingDiverged(

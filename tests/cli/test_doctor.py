@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
 
+from fusiontrain.cli import doctor
 from fusiontrain.cli.main import main
 from fusiontrain_kernels.choices import IMPLEMENTATIONS
 
@@ -43,3 +46,15 @@ def test_the_table_says_each_reason_once(capsys, monkeypatch):
     assert [" ".join(line.split()) for line in lines if line.startswith("attention")] == ["attention masked_routing_attention chunked (auto), sdpa, reference"]
     (line,) = [line for line in lines if "Triton kernels run on a GPU" in line]
     assert line.startswith("not triton (attention, gemm, norm, qk_norm_rope, rope, swiglu, cross_entropy): ")
+
+
+def test_deepspeed_is_usable_or_there_is_a_reason(capsys, monkeypatch):
+    assert main(["doctor", "--json"]) == 0
+    (check,) = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["name"] == "deepspeed"]
+    installed = importlib.util.find_spec("deepspeed") is not None
+    assert check["status"] == ("ok" if installed else "warn")
+    assert ("parallel.engine=deepspeed" if installed else "pip install 'fusiontrain[deepspeed]'") in check["detail"]
+    monkeypatch.setattr(doctor, "_installed", lambda name: "0.0")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if its import failed
+    (broken,) = doctor._deepspeed()
+    assert broken.status == "warn" and "cannot be imported" in broken.detail and "fsdp2" in broken.detail

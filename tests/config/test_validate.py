@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fusiontrain.config.load import load
-from fusiontrain.config.validate import file_problems, image_tokens
+from fusiontrain.config.validate import cross_section_problems, file_problems, image_tokens
+from fusiontrain.testing.configs import tiny_config
 from fusiontrain.utils.errors import UserError
 
 RIGHT = """
@@ -126,3 +127,13 @@ def test_files_are_looked_for_only_when_asked(path: Path, tmp_path: Path) -> Non
     for file in (names["base"] / "config.json", names["vae"] / "config.json", names["tokenizer"], names["shards"] / "s-00.tar"):
         file.touch()
     assert file_problems(config) == []
+
+
+def test_what_deepspeed_cannot_do_is_said_and_what_it_can_is_not():
+    for stage in (1, 2, 3):
+        engine = {"parallel.engine": "deepspeed", "parallel.zero_stage": stage}
+        assert cross_section_problems(tiny_config(engine)) == []
+        assert {problem.key for problem in cross_section_problems(tiny_config({**engine, "parallel.dp_replicate": 2}))} == {"parallel.dp_replicate"}
+        problems = cross_section_problems(tiny_config({**engine, "parallel.precision": "bfloat16"}))
+        assert {problem.key for problem in problems} == ({"parallel.zero_stage"} if stage == 1 else set())
+    assert cross_section_problems(tiny_config({"parallel.dp_replicate": 2, "parallel.precision": "bfloat16", "parallel.zero_stage": 1})) == []

@@ -85,7 +85,7 @@ class Estimator:
     def __init__(self, config: Config, target: Target, text_tokens: int | None = None, image_tokens: int | None = None) -> None:
         self.target = target
         self.on_gpu = target.device.memory_bytes is not None
-        check_world_size(config.train.global_batch_sequences, target.world_size)
+        check_world_size(config, target.world_size)
         self.shape, known_by_name = shape_of(config)
         lean, codec = without_codec(config)
         self.work = workload(config, patch_dim(lean.data), text_tokens, image_tokens)
