@@ -40,6 +40,7 @@ class Verdict:
 
 
 USUAL = Verdict(Action.UPDATE)
+PASSED_OVER = Verdict(Action.PASS, "skip_steps", "train.skip_steps names it: its data are passed over")
 
 
 def judge(result: StepResult, history: Mapping[str, Sequence[float]], train: TrainConfig) -> Verdict:

@@ -38,6 +38,13 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+NOTHING_DONE = (
+    StepCounts(dict.fromkeys(MODALITY_NAMES, 0), dict.fromkeys(MODALITY_NAMES, 0)),
+    StepResult(math.nan, dict.fromkeys(MODALITY_NAMES, math.nan), math.nan),
+)
+"""What a step reports whose data are passed over."""
+
+
 def global_counts(micro_batches: Sequence[Batch], flops: int = 0) -> StepCounts:
     """Targets and tokens of the whole step in one all-reduce of host numbers; `flops` are this rank's."""
     targets = [sum(batch.target_counts.get(name, 0) for batch in micro_batches) for name in MODALITY_NAMES]

@@ -22,13 +22,12 @@ from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
-from fusiontrain.modality import MODALITY_NAMES
 from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_bytes, gather_floats
-from fusiontrain.train.bad_steps import Action, Verdict, is_passed_over, judge, remember
+from fusiontrain.train.bad_steps import PASSED_OVER, Action, Verdict, is_passed_over, judge, remember
 from fusiontrain.train.checkpoint import Tensors, save_checkpoint
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
 from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib, peak_flops
@@ -37,7 +36,7 @@ from fusiontrain.train.retention import Retention
 from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import StopRequest
 from fusiontrain.train.state import TrainState
-from fusiontrain.train.step import StepCounts, StepResult, global_counts, train_step
+from fusiontrain.train.step import NOTHING_DONE, StepCounts, StepResult, global_counts, train_step
 from fusiontrain.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -45,10 +44,6 @@ logger = logging.getLogger(__name__)
 
 class TrainingDiverged(RuntimeError):
     """Steps without an update came one after another, or one that `train.spike: stop` ends the run for."""
-
-NOTHING_COUNTED = StepCounts(dict.fromkeys(MODALITY_NAMES, 0), dict.fromkeys(MODALITY_NAMES, 0))
-NOTHING_COMPUTED = StepResult(math.nan, dict.fromkeys(MODALITY_NAMES, math.nan), math.nan)
-"""What a step reports whose data are passed over."""
 
 
 class Reporter(Protocol):
@@ -147,7 +142,7 @@ class Trainer:
         """One optimizer step: what it counted over all ranks, what came of it, and whether it changed the weights."""
         config, device = self.config, self.ranks.device
         if is_passed_over(self.state.step + 1, config.train.skip_steps):
-            return NOTHING_COUNTED, NOTHING_COMPUTED, Verdict(Action.PASS, "skip_steps", "train.skip_steps names it: its data are passed over")
+            return *NOTHING_DONE, PASSED_OVER
         flops = sum(sum(count_flops(self.model, batch).values()) for batch in micro_batches)
         counts = global_counts(micro_batches, flops)
         set_learning_rate(self.optimizer, rate)
