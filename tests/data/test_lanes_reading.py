@@ -95,8 +95,10 @@ def test_each_chunk_is_asked_for_by_one_rank(server, world_size):
     assert readers > 1.5 * len(chunks), "without lanes a chunk is for several ranks"
 
 
-def test_a_chunk_in_two_shards_and_samples_that_are_left_out(server, tmp_path):
-    """Excluded samples move the borders of chunks, so one lies in both shards: a request for each."""
+@pytest.mark.parametrize(("most_gap", "more"), [(1 << 18, 1), (2048, 2)])
+def test_a_chunk_in_two_shards_and_samples_that_are_left_out(server, tmp_path, monkeypatch, most_gap, more):
+    """Excluded samples move the borders of chunks, so one lies in both shards: a request for each, and one more where a gap is too large."""
+    monkeypatch.setattr("fusiontrain.data.execute.chunks.MOST_GAP_BYTES", most_gap)
     file = tmp_path / "bad.jsonl"
     file.write_text("".join(f'{{"shard": "{server.url}/shard-000.tar", "key": "s0-{number:04d}"}}\n' for number in (0, 40, 41, 42, 191)))
     assert main(["data", "index", remote(server), "--exclude", str(file)]) == 0
@@ -105,7 +107,9 @@ def test_a_chunk_in_two_shards_and_samples_that_are_left_out(server, tmp_path):
     server.requests.clear()
     steps = steps_of(loader)
     assert loader.skipped == 0 and len(steps) > 5
-    assert len(server.requests) == len(set(server.requests)) == CHUNKS + 1
+    assert len(server.requests) == len(set(server.requests)) == CHUNKS + more
+    in_order = sorted(server.requests)
+    assert all(a != b or first + size <= later for (a, first, size), (b, later, _) in itertools.pairwise(in_order)), "no byte twice"
 
 
 def test_little_memory_asks_again_and_changes_nothing(server, caplog):
