@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fusiontrain_kernels._launch import on_device
 
-ROWS = {"chunked": 256, "triton": 1024}
+ROWS = {"chunked": 512, "triton": 1024}
 """Rows of a chunk. 1024 rows of 128,256 bfloat16 logits are 0.26 GB."""
 _CACHED_ROWS = 16
 """Rows of which "chunked" has float32 copies at a time: few enough to stay in a processor's cache between the passes over them."""
