@@ -20,7 +20,7 @@ def linear_cross_entropy(
     and its gradients are zero, not None.
     z_loss adds that many times the square of the log of the softmax's denominator to each row (PaLM, arXiv 2204.02311, section 5).
 
-    impl: auto (triton on a GPU, else chunked), reference, chunked (256 rows at a time; the backward only scales, there is no second
+    impl: auto (triton on a GPU, else chunked), reference, chunked (512 rows at a time; the backward only scales, there is no second
     derivative), triton (1024 rows at a time, softmax and gradient in place). In none of them do loss_weights get a
     gradient. Raises ValueError for another impl, and for tensors that do not fit together.
     """

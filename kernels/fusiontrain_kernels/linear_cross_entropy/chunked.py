@@ -11,23 +11,28 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fusiontrain_kernels._launch import on_device
 
-ROWS = {"chunked": 256, "triton": 1024}
-"""Rows of a chunk. 1024 rows of 128,256 bfloat16 logits are 0.26 GB; "chunked" has a float32 copy of them too."""
+ROWS = {"chunked": 512, "triton": 1024}
+"""Rows of a chunk. 1024 rows of 128,256 bfloat16 logits are 0.26 GB."""
+_CACHED_ROWS = 16
+"""Rows of which "chunked" has float32 copies at a time: few enough to stay in a processor's cache between the passes over them."""
 
 
 def _softmax_torch(logits: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, losses: torch.Tensor, z_loss: float, differentiate: bool) -> None:
-    log_softmax = logits.log_softmax(-1, dtype=losses.dtype)  # one fused pass; logsumexp and exp take twice its time
-    target = labels.clamp(min=0)[:, None]
-    row_weights = loss_weights.to(losses.dtype) * (labels >= 0)
-    row_losses, slopes = -log_softmax.gather(1, target)[:, 0], row_weights
+    targets, row_weights = labels.clamp(min=0)[:, None], loss_weights.to(losses.dtype) * (labels >= 0)
+    for low in range(0, len(logits), _CACHED_ROWS):
+        rows = slice(low, low + _CACHED_ROWS)
+        _softmax_rows(logits[rows], targets[rows], row_weights[rows], losses[rows], z_loss, differentiate)
+
+
+def _softmax_rows(logits: torch.Tensor, target: torch.Tensor, row_weights: torch.Tensor, losses: torch.Tensor, z_loss: float, differentiate: bool) -> None:
+    row_losses, slopes = -logits.log_softmax(-1, dtype=losses.dtype).gather(1, target)[:, 0], row_weights
     if z_loss:
         lse = logits.to(losses.dtype).logsumexp(-1)
         row_losses, slopes = row_losses + z_loss * lse.square(), row_weights * (1 + 2 * z_loss * lse)
     losses.copy_(row_losses * row_weights)
     if differentiate:
-        log_softmax.exp_().mul_(slopes[:, None])
-        log_softmax.scatter_add_(1, target, -row_weights[:, None])
-        logits.copy_(log_softmax)
+        grad = logits.softmax(-1, dtype=losses.dtype).mul_(slopes[:, None])  # not exp of the above: slow where it is nearly 0
+        logits.copy_(grad.scatter_add_(1, target, -row_weights[:, None]))
 
 
 def _softmax_triton(logits: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, losses: torch.Tensor, z_loss: float, differentiate: bool) -> None:
@@ -66,9 +71,10 @@ def linear_cross_entropy(
     rows = ROWS[impl]
     losses, hidden_grad, weight_grad = _outputs(hidden, weight, hidden_live, weight_live, rows)
     weight_grad.zero_()
+    buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))  # one for all chunks: fresh memory is slower than the product
     for low in range(0, len(hidden), rows):
         chunk = slice(low, low + rows)
-        logits = hidden[chunk] @ weight.T
+        logits = torch.mm(hidden[chunk], weight.T, out=buffer[: len(hidden) - low])
         softmax(logits, labels[chunk], loss_weights[chunk], losses[chunk], z_loss, hidden_live or weight_live)
         if hidden_live:
             torch.mm(logits, weight, out=hidden_grad[chunk])
