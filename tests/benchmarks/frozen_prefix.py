@@ -109,7 +109,8 @@ def report(kind: str, mode: str, base: str, options: argparse.Namespace) -> None
         rows.append(measure(model, batch, options.seconds))
     (f0, a0, m0, s0), (f1, a1, m1, s1) = rows
     share = batch.num_prefix_rows / batch.num_tokens
-    cells = [f"{f0 / 1e9:.1f} > {f1 / 1e9:.1f}", f"{a0 / 1e9:.1f} > {a1 / 1e9:.1f}", f"{m0 / 1e6:.1f} > {m1 / 1e6:.1f}" if mode == "none" else "-", f"{s0:.2f} > {s1:.2f}"]
+    memory = f"{m0 / 1e6:.1f} > {m1 / 1e6:.1f}" if mode == "none" else "-"
+    cells = [f"{f0 / 1e9:.1f} > {f1 / 1e9:.1f}", f"{a0 / 1e9:.1f} > {a1 / 1e9:.1f}", memory, f"{s0:.2f} > {s1:.2f}"]
     print(f"{kind:24}{mode:>10}{share:>8.0%}{cells[0]:>16}{cells[1]:>18}{cells[2]:>16}{cells[3]:>14}", flush=True)
 
 
