@@ -151,3 +151,17 @@ def train_without(config: Config, left_out: int) -> tuple[list[StepResult], dict
     """The steps of `train` in one process by torch alone, but for one of them."""
     alone = Run(config, read_ranks({}))
     return [alone.step(number, 1) for number in range(STEPS) if number != left_out], alone.close()
+
+
+def test_an_infinite_loss_updates_nothing_even_where_its_gradient_is_finite(base: str) -> None:
+    config = make_config("lmfusion", base, {"parallel.engine": "deepspeed"})
+    ranks = read_ranks({})
+    with process_group(ranks, config.parallel):
+        run = Run(config, ranks)
+        assert run.zero is not None
+        before = full_tensors(run.tensors)
+        terms = run.zero.forward(split(make_sequences(["mixed"], config), config, 0, 1, 1)[0])
+        run.zero.backward(terms["image"].sum + math.inf, True)
+        assert not math.isfinite(run.zero.step())
+        after = run.close()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
