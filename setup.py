@@ -51,9 +51,8 @@ setup(
         "vae": ["diffusers"],
         "bench": ["megatron-energon"],
         "dev": [
-            "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "moto[s3]", "mypy", "pyarrow", "pytest", "pytest-xdist", "ruff",
-            "s3fs",
-            "triton>=3.6; platform_system == 'Linux'", "types-PyYAML",
+            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "moto[s3]", "mypy", "pyarrow", "pytest",
+            "pytest-xdist", "ruff", "s3fs", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML",
         ],
     },
 )
