@@ -64,7 +64,7 @@ class Run:
             batches[-1].payloads["image"].values[-1, 0] = math.inf
         set_learning_rate(self.optimizer, 1e-3 * (1 + number % 3))
         size, counts = self.ranks.world_size, global_counts(batches)
-        return train_step(self.model, self.optimizer, batches, counts, WEIGHTS, CLIP_NORM, size, self.ranks.device, self.zero)
+        return train_step(self.model, self.optimizer, batches, counts, WEIGHTS, CLIP_NORM, size, self.ranks.device, zero=self.zero)
 
     def close(self) -> dict[str, torch.Tensor | None]:
         """Every tensor that a checkpoint would hold, gathered."""
