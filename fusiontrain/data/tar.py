@@ -18,6 +18,7 @@ from fusiontrain.utils.errors import UserError
 HEAD = 3 * BLOCK  # of a member: often a pax header of one block comes before its own
 WINDOW = 1 << 16  # bytes to look for headers in, of a file that has none at hand
 CHECKSUM, SPACES = slice(148, 156), 8 * 32  # what counts for it in itself is eight spaces
+GZIP = b"\x1f\x8b"
 REGULAR, LONG_NAME, PAX = (b"0", b"\0"), b"L", b"x"
 COMMENTS = (b"g", b"K")  # pax for the whole tar, and the long name of a link's target: of no use here
 LINKS = (b"1", b"2")  # what GNU tar makes of a file that it has met before
@@ -117,6 +118,8 @@ def _check_header(path: Shard, header: bytes, position: int) -> int:
         stored = int(checksum.rstrip(b"\0 ").lstrip() or b"0", 8)
         length = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ").lstrip() or b"0", 8)
     except ValueError as error:
+        if header.startswith(GZIP):
+            raise UserError(f"{path}: is compressed by gzip; name it .tar.gz") from error
         raise _damage(path, position, "a header is unreadable") from error
     if length < 0:
         raise _damage(path, position, "a header is unreadable")
@@ -137,7 +140,7 @@ def _check_end(path: Shard, file: ShardFile, position: int) -> None:
     place, step = position + BLOCK, 1 << 20  # not all at once: behind a zeroed block lies the rest of a large shard
     while place < file.size:
         if file.read(place, min(step, file.size - place)).strip(b"\0"):
-            raise _damage(path, position, "an empty block lies in the middle of the file")
+            raise _damage(path, position, "bytes follow an empty block, which ends a tar: part of the file was overwritten, or something was appended")
         place += step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -344,6 +345,18 @@ def test_a_damaged_index_is_named_and_without_a_manifest_built_anew(tmp_path):
             manifest.unlink()
         assert len(index_of(path)) == 3
         assert cached.read_bytes() == sound
+
+
+def test_what_is_compressed_or_appended_is_said(tmp_path):
+    path = write_shard(tmp_path / "x.tar", mixed_samples(3))
+    sound = path.read_bytes()
+    path.write_bytes(gzip.compress(sound))
+    with pytest.raises(UserError, match=r"x\.tar: is compressed by gzip; name it \.tar\.gz"):
+        read_members(path)
+    for appended in (b"x", sound):
+        path.write_bytes(sound + appended)
+        with pytest.raises(UserError, match="something was appended"):
+            read_members(path)
 
 
 def test_where_the_shards_lie_read_only_the_index_goes_to_the_temporary_folder(tmp_path, monkeypatch):

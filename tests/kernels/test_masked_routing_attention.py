@@ -94,6 +94,28 @@ def test_equals_loops(impl: str, heads: int, kv_heads: int, chunk_rows: int) -> 
         torch.testing.assert_close(out, by_loops(q, k, v, layout.allowed, 0.5), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked", "sdpa"])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_numbers_of_a_head_need_not_lie_next_to_each_other(impl: str, kv_heads: int, dtype: torch.dtype) -> None:
+    """Each of q, k, v and the gradient in turn as a view whose last stride is not 1, or 0."""
+    layout = random_layout(4)
+    tensors = [*inputs(len(layout.allowed), 2, kv_heads, dtype), inputs(len(layout.allowed), 2, kv_heads, dtype)[0]]
+    apart = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
+
+    def results(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        out = masked_routing_attention(*leaves, layout.key_ranges, layout.query_ranges, impl=impl)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    plain = results(*tensors)
+    for place in range(4):
+        given = [*tensors[:place], apart[place], *tensors[place + 1 :]]
+        assert given[place].stride(-1) != 1 or given[place].shape[1] == 1
+        for found, expected in zip(results(*given), plain, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 def test_scale_is_used(impl: str) -> None:
     layout = random_layout(1)

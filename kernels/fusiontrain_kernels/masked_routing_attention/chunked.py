@@ -86,8 +86,10 @@ def _bias(key_ranges: torch.Tensor, keys: list[Span], dtype: torch.dtype) -> tor
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 at least: on a CPU its kernels are no slower than those for 16 bits, which convert every tile again."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """float32 at least: on a CPU its kernels are no slower than those for 16 bits, which convert every tile again. torch's kernel takes it for
+    granted that the numbers of a head lie next to each other."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return wide if wide.stride(-1) == 1 else wide.contiguous()
 
 
 def _by_kv_head(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
