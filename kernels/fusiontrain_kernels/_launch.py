@@ -18,6 +18,16 @@ def interpreting() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def interprets_wrongly(dtype: torch.dtype) -> bool:
+    """Whether Triton's interpreter computes with this dtype as no GPU does: it multiplies the bits of bfloat16 as if they were whole numbers."""
+    if dtype != torch.bfloat16:
+        return False
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return not hasattr(InterpreterBuilder, "rounds_bfloat16")  # our tests mend it
+
+
+@torch.compiler.assume_constant_result
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
@@ -34,6 +44,8 @@ def require_triton(operator: str, x: torch.Tensor) -> None:
         raise ValueError(f"{operator}: impl='triton': Triton is not installed: pip install triton, or choose another impl")
     if not x.is_cuda and not interpreting():
         raise ValueError(f"{operator}: impl='triton': x is on {x.device}: move it to a GPU, set TRITON_INTERPRET=1, or choose another impl")
+    if not x.is_cuda and interprets_wrongly(x.dtype):
+        raise ValueError(f"{operator}: impl='triton': Triton's interpreter computes bfloat16 wrongly: use float32 or a GPU, or choose another impl")
 
 
 @cache

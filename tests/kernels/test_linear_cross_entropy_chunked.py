@@ -160,3 +160,11 @@ def test_loss_weights_get_no_gradient(impl: str) -> None:
     hidden, weight, labels, loss_weights = case(9)
     linear_cross_entropy(hidden, weight, labels, loss_weights.requires_grad_(), impl=impl).backward()
     assert loss_weights.grad is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_second_derivative_is_refused_and_not_dropped(impl: str) -> None:
+    hidden, weight, labels, loss_weights = case(5)
+    loss = linear_cross_entropy(hidden, weight, labels, loss_weights, impl=impl)
+    with pytest.raises(RuntimeError, match="no second derivative: choose impl='reference'"):
+        torch.autograd.grad(loss, hidden, create_graph=True)

@@ -11,6 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from fusiontrain.testing.kernels import guarded_outputs
+from fusiontrain_kernels._launch import interpreting
+from fusiontrain_kernels.choices import obstacle
 from fusiontrain_kernels.rms_norm import add_rms_norm, rms_norm
 from fusiontrain_kernels.rms_norm import triton_ops as norm_ops
 from fusiontrain_kernels.rope import rope
@@ -205,3 +207,14 @@ def test_rope_refuses_an_odd_head(impl: str) -> None:
     x = normal(6, 2, 7, seed=1)
     with pytest.raises(ValueError, match=r"rope: x: must be \[T, H, Dh\] with an even Dh, not \[6, 2, 7\]"):
         rope(x, x[:, 0], x[:, 0], impl=impl)
+
+
+def test_bfloat16_is_refused_where_the_interpreter_would_get_it_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not interpreting():
+        pytest.skip("kernels run on a GPU here")
+    monkeypatch.delattr("triton.runtime.interpreter.InterpreterBuilder.rounds_bfloat16")
+    x = torch.randn(3, 8)
+    swiglu(x, x, impl="triton")
+    with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
+        swiglu(x.bfloat16(), x.bfloat16(), impl="triton")
+    assert obstacle("swiglu", "triton", torch.device("cpu"), torch.bfloat16) == "Triton's interpreter computes bfloat16 wrongly"

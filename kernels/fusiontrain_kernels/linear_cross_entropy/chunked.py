@@ -114,6 +114,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: torch.Tensor, *_unused: object):
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy: impl='chunked' and 'triton' have no second derivative: choose impl='reference'")
     hidden_grad, weight_grad = ctx.saved_tensors
     hidden_scaled = _scaled(hidden_grad, grad, hidden_grad.dtype) if ctx.hidden_live else None
     return hidden_scaled, _scaled(weight_grad, grad, ctx.dtype) if ctx.weight_live else None, *[None] * 6

@@ -53,6 +53,8 @@ def masked_routing_attention(
     return_lse: also the log of the sum of the exponentials of a row's scaled scores, natural, [H, T] float32 (float64 for float64), with a
     gradient of its own, so that results over several sets of keys can be merged.
 
+    All numbers must be finite: a NaN or infinity may reach rows of the same tile that must not see it, as 0 * NaN.
+
     Returns out [T, H, Dh] in q's dtype, or (out, lse). A query that sees nothing gives zeros, an lse of -inf, and no gradient.
 
     impl: auto (triton on a GPU, else chunked), chunked (plain torch without [T, T] memory), triton (a GPU; elsewhere only under
