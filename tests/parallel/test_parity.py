@@ -5,13 +5,16 @@ Among the batches are ranks without images, a step of text alone, and a rank wit
 
 from __future__ import annotations
 
+from functools import partial
+from unittest import mock
+
 import pytest
 import torch
 
 from fusiontrain.config.schema import Config
 from fusiontrain.models.build import declare_model, first_weights
 from fusiontrain.models.plan import ReadRows
-from fusiontrain.parallel.apply import parallelize
+from fusiontrain.parallel import apply
 from fusiontrain.parallel.mesh import build_mesh, process_group, read_ranks
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.training import full_tensors, lmfusion_config, make_sequences, split, write_base
@@ -47,7 +50,8 @@ def five_steps(config: Config, micro_batches: int = 1) -> tuple[list[tuple[float
     with process_group(ranks, config.parallel):
         model = declare_model(config)
         embeddings, mesh = embedding_names(model), build_mesh(config.parallel, ranks)
-        parameters = parallelize(model, model.plan(), config.parallel, mesh, ranks.device, awake(first_weights(config, model)))
+        with mock.patch.object(apply, "compile_units", partial(apply.compile_units, backend="aot_eager")):  # inductor has a test of its own, of minutes
+            parameters = apply.parallelize(model, model.plan(), config.parallel, mesh, ranks.device, awake(first_weights(config, model)))
         optimizer = build_optimizer(parameters, embeddings, config.optimizer)
         averages = average_weights(optimizer, parameters, config.train.ema_decay) if config.train.ema_decay else {}
         numbers = []
@@ -79,6 +83,12 @@ MATRIX = {
     "FSDP x2, frozen replicated": (2, 2, {"parallel.frozen": "replicate"}),
     "FSDP x2, cpu offload": (2, 2, {"parallel.cpu_offload": True}),
     "FSDP x2, moving average": (2, 1, {"train.ema_decay": DECAY}),
+    "FSDP x2, selective checkpointing of every second block": (
+        2, 2, {"parallel.activation_checkpointing": "selective", "parallel.activation_checkpointing_every": 2}
+    ),
+    "FSDP x2, no frozen prefix": (2, 1, {"parallel.frozen_prefix": False}),
+    "FSDP x2, compiled": (2, 2, {"parallel.compile": True}),
+    "FSDP x2, compiled, selective checkpointing": (2, 1, {"parallel.compile": True, "parallel.activation_checkpointing": "selective"}),
     "DDP x2": (2, 1, {"parallel.dp_replicate": -1, "parallel.dp_shard": 1}),
     "DDP x2, accumulation, checkpointing": (2, 2, {"parallel.dp_replicate": 2, "parallel.activation_checkpointing": "full"}),
     "FSDP x4": (4, 1, {}),
