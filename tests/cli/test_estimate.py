@@ -40,7 +40,7 @@ def small_gpu(memory_bytes: float) -> Device:
 
 def test_json_of_lmfusion_8b(capsys):
     """Shapes and sizes of a model that no test machine could hold."""
-    assert main(["estimate", str(CONFIGS / "lmfusion_8b.yaml"), "--world-size", "16", "--no-advice", "--json"]) == 0
+    assert main(["estimate", str(CONFIGS / "lmfusion_8b.yaml"), "--nodes", "2", "--no-advice", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     llama = 128256 * 4096 * 2 + 4096 + 32 * (2 * 4096 + 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert found["parameters"]["text"] == {"trainable": 0, "frozen": llama}
@@ -56,7 +56,7 @@ def test_json_of_lmfusion_8b(capsys):
 
 
 def test_the_table_fits_a_terminal(capsys):
-    assert main(["estimate", str(CONFIGS / "debug/transfusion.yaml"), "--world-size", "2", "--device", "a100"]) == 0
+    assert main(["estimate", str(CONFIGS / "debug/transfusion.yaml"), "--gpus-per-node", "2", "--gpu", "a100"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     for section in ("parameters", "step:", "memory of a rank", "traffic", "time of a step", "assumptions"):
@@ -66,12 +66,12 @@ def test_the_table_fits_a_terminal(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--world-size", "0"], "--world-size 0: must be at least 1"),
-        (["--world-size", "7"], "7 ranks cannot share it evenly"),
-        (["--world-size", "8", "--overlap", "2"], "--overlap 2.0: must be above 0 and at most 1"),
-        (["--world-size", "8", "--text-tokens", "4096", "--image-tokens", "256"], "must fit data.sequence_length=4096"),
-        (["--world-size", "8", "model.base=nowhere"], "model.base=nowhere: not a Hugging Face Llama folder"),
-        (["--world-size", "8", "parallel.dp_shard=3"], "parallel.dp_shard=3"),
+        (["--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["--gpus-per-node", "7"], "7 ranks cannot share it evenly"),
+        (["--overlap", "2"], "--overlap 2.0: must be above 0 and at most 1"),
+        (["--text-tokens", "4096", "--image-tokens", "256"], "must fit data.sequence_length=4096"),
+        (["model.base=nowhere"], "model.base=nowhere: not a Hugging Face Llama folder"),
+        (["parallel.dp_shard=3"], "parallel.dp_shard=3"),
     ],
     ids=str,
 )
