@@ -84,8 +84,8 @@ def _notes_on_engine(parallel: ParallelConfig) -> list[str]:
         return []
     if parallel.zero_stage < 3:
         raise UserError(
-            f"parallel.zero_stage={parallel.zero_stage}: only FSDP2 is estimated, and ZeRO 3, which holds the same; this stage keeps more on every "
-            "rank: set parallel.zero_stage=3 or parallel.engine=fsdp2 to see those"
+            f"parallel.zero_stage={parallel.zero_stage}: FSDP2 is estimated, and ZeRO 3, which holds the same; this stage keeps "
+            "more on every rank: set parallel.zero_stage=3 or parallel.engine=fsdp2 to see those"
         )
     return ["parallel.engine=deepspeed: the estimate is of FSDP2, which holds and moves what ZeRO 3 does but for DeepSpeed's own buffers"]
 
