@@ -13,6 +13,7 @@ from fusiontrain.config.schema import Config, ParallelConfig
 from fusiontrain.config.validate import uses_images
 from fusiontrain.models.llama_weights import read_llama_shape
 from fusiontrain.models.shape import ModelShape, shape_from_config
+from fusiontrain.utils.errors import UserError
 from fusiontrain_kernels._launch import has_triton
 
 LLAMA_SHAPES = {
