@@ -9,7 +9,7 @@ from typing import Any
 from fusiontrain.cli.common import add_config_arguments, add_json_argument, print_json, print_table
 from fusiontrain.utils.errors import UserError
 
-DEVICES = ("a100", "h100", "h200", "b200", "mi300", "cpu")
+GPUS = ("a100", "h100", "h200", "b200", "mi300", "cpu")
 WIDTH = 100
 
 
@@ -17,9 +17,9 @@ def add_parser(subparsers: Any) -> None:
     """Adds `estimate` to the program's subparsers."""
     parser = subparsers.add_parser("estimate", help="memory, FLOPs, traffic and time of a training, without GPUs")
     add_config_arguments(parser)
-    parser.add_argument("--world-size", type=int, required=True, help="GPUs, one process each")
-    parser.add_argument("--device", choices=DEVICES, default="h100", help="kind of GPU (default: h100)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a machine (default: 8)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a machine, one process each (default: 8)")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="kind of GPU (default: h100)")
     parser.add_argument("--text-tokens", type=int, help="of every sequence, instead of what the index of the data says")
     parser.add_argument("--image-tokens", type=int, help="of every sequence, instead of what the index of the data says")
     parser.add_argument("--compute-efficiency", type=float, default=0.5, help="share of the peak FLOP/s that is reached (default: 0.5)")
@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 whether or not it fits; UserError for a config or a mesh that cannot be."""
-    for name in ("world_size", "gpus_per_node"):
+    for name in ("nodes", "gpus_per_node"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name in ("compute_efficiency", "link_efficiency", "overlap"):
@@ -39,13 +39,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0 and at most 1")
     from fusiontrain.config.load import load
     from fusiontrain.train.estimate.estimator import Estimator, Target
-    from fusiontrain.train.estimate.hardware import DEVICES as KNOWN
-    from fusiontrain.train.estimate.hardware import Efficiency
+    from fusiontrain.train.estimate.hardware import DEVICES, Efficiency
     from fusiontrain.train.estimate.report import report
 
     config = load(args.config, args.overrides)
     efficiency = Efficiency(compute=args.compute_efficiency, links=args.link_efficiency, overlap=args.overlap)
-    target = Target(args.world_size, KNOWN[args.device], args.gpus_per_node, efficiency)
+    target = Target(args.nodes * args.gpus_per_node, DEVICES[args.gpu], args.gpus_per_node, efficiency)
     document = {"config": args.config, **report(Estimator(config, target, args.text_tokens, args.image_tokens), not args.no_advice)}
     if args.json:
         print_json(document)

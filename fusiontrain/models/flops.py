@@ -38,13 +38,15 @@ def count_flops(model: FusionModel, batch: Batch) -> dict[str, int]:
     return flops
 
 
-def recomputed_flops(model: FusionModel, batch: Batch) -> int:
-    """FLOPs of one more forward of all blocks over the rows that have a backward: what checkpointing of whole blocks adds to `count_flops`."""
-    linears = [module for module in model.blocks.modules() if isinstance(module, UntiedLinear)]
+def recomputed_flops(model: FusionModel, batch: Batch, every: int = 1) -> int:
+    """FLOPs of one more forward of every `every`-th block, from the first on, over the rows that have a backward: what checkpointing of whole
+    blocks adds to `count_flops`. Selective checkpointing adds nothing: it keeps the products."""
+    blocks = list(model.blocks)[::every]
+    linears = [module for block in blocks for module in block.modules() if isinstance(module, UntiedLinear)]
     prefix = model.num_forward_only(batch)
     live = batch.token_counts | {TEXT.name: batch.token_counts[TEXT.name] - int((batch.doc_ids[:prefix] != PADDING_DOC_ID).sum())}
     products = sum(live[m.name] * sum(linear[linear.groups[m.id]].weight.numel() for linear in linears) for m in MODALITIES)
-    scores = allowed_pairs(batch, prefix) * model.shape.num_heads * model.shape.head_dim * model.shape.num_layers
+    scores = allowed_pairs(batch, prefix) * model.shape.num_heads * model.shape.head_dim * len(blocks)
     return 2 * (products + 2 * scores)
 
 

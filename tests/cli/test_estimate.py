@@ -25,6 +25,7 @@ from fusiontrain.train.estimate.estimator import Estimator, Target
 from fusiontrain.train.estimate.hardware import DEVICES, Device, Efficiency, step_time
 from fusiontrain.train.estimate.report import report
 from fusiontrain.train.estimate.traffic import ALL_REDUCE, REDUCE_SCATTER, Channel
+from fusiontrain.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
@@ -40,7 +41,7 @@ def small_gpu(memory_bytes: float) -> Device:
 
 def test_json_of_lmfusion_8b(capsys):
     """Shapes and sizes of a model that no test machine could hold."""
-    assert main(["estimate", str(CONFIGS / "lmfusion_8b.yaml"), "--world-size", "16", "--no-advice", "--json"]) == 0
+    assert main(["estimate", str(CONFIGS / "lmfusion_8b.yaml"), "--nodes", "2", "--no-advice", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     llama = 128256 * 4096 * 2 + 4096 + 32 * (2 * 4096 + 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert found["parameters"]["text"] == {"trainable": 0, "frozen": llama}
@@ -56,7 +57,7 @@ def test_json_of_lmfusion_8b(capsys):
 
 
 def test_the_table_fits_a_terminal(capsys):
-    assert main(["estimate", str(CONFIGS / "debug/transfusion.yaml"), "--world-size", "2", "--device", "a100"]) == 0
+    assert main(["estimate", str(CONFIGS / "debug/transfusion.yaml"), "--gpus-per-node", "2", "--gpu", "a100"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     for section in ("parameters", "step:", "memory of a rank", "traffic", "time of a step", "assumptions"):
@@ -66,12 +67,12 @@ def test_the_table_fits_a_terminal(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--world-size", "0"], "--world-size 0: must be at least 1"),
-        (["--world-size", "7"], "7 ranks cannot share it evenly"),
-        (["--world-size", "8", "--overlap", "2"], "--overlap 2.0: must be above 0 and at most 1"),
-        (["--world-size", "8", "--text-tokens", "4096", "--image-tokens", "256"], "must fit data.sequence_length=4096"),
-        (["--world-size", "8", "model.base=nowhere"], "model.base=nowhere: not a Hugging Face Llama folder"),
-        (["--world-size", "8", "parallel.dp_shard=3"], "parallel.dp_shard=3"),
+        (["--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["--gpus-per-node", "7"], "7 ranks cannot share it evenly"),
+        (["--overlap", "2"], "--overlap 2.0: must be above 0 and at most 1"),
+        (["--text-tokens", "4096", "--image-tokens", "256"], "must fit data.sequence_length=4096"),
+        (["model.base=nowhere"], "model.base=nowhere: not a Hugging Face Llama folder"),
+        (["parallel.dp_shard=3"], "parallel.dp_shard=3"),
     ],
     ids=str,
 )
@@ -108,23 +109,62 @@ def test_flops_of_a_step_are_the_counters():
     assert found["attention"] == 2 * 6 * pairs * 4 * 8 * 2
 
 
-def test_recomputation_is_one_more_forward_of_the_blocks():
-    """Against the counter, with and without it."""
-    counts = {}
-    config = tiny_config({"model.image": {"patcher": "linear"}, "data.sequence_length": 48})
+@pytest.mark.parametrize(("mode", "every", "blocks"), [("full", 1, 2), ("full", 2, 1), ("selective", 1, 0)])
+def test_recomputation_is_what_the_counter_sees_more(mode, every, blocks):
+    """One more forward of the blocks that forget everything; products are kept by those that forget selectively."""
+    config = tiny_config({"model.image": {"patcher": "linear"}, "data.sequence_length": 48, "train.global_batch_sequences": 1})
     batch = batch_of([document([1] * 30, ("image", 3, 6), seed=0)], config)
-    for mode in ("none", "full"):
+    counts = []
+    for settings in ({}, {"activation_checkpointing": mode, "activation_checkpointing_every": every}):
         model = build_model(config)
-        parallel = config.parallel.model_copy(update={"activation_checkpointing": mode})
+        parallel = config.parallel.model_copy(update=settings)
         parallelize(model, model.plan(), parallel, None, torch.device("cpu"))
         counter = FlopCounterMode(display=False)
         with counter:
             sum(term.sum for term in model(batch).values()).backward()
-        counts[mode] = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op).split(".")[-1] in ("mm", "addmm"))
-    attention = count_flops(model, batch)["attention"] // 3  # a forward is two of the six products
+        counts.append(sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op).split(".")[-1] in ("mm", "addmm")))
+    estimator = Estimator(config.model_copy(update={"parallel": parallel}), Target(1, DEVICES["cpu"]))
+    estimator._recomputed = recomputed_flops(model, batch, every)
+    billed = estimator.predict(estimator.config).recomputed
+    attention = blocks * count_flops(model, batch)["attention"] // 3 // 2  # a forward is two of the six products, and there are two blocks
     # The last product of a block is not needed by anybody's backward, so checkpointing stops before it.
-    last = 2 * 48 * 2 * 32 * 48
-    assert recomputed_flops(model, batch) - attention - (counts["full"] - counts["none"]) in (0, last)
+    last = 2 * 48 * blocks * 32 * 48
+    assert billed - attention - (counts[1] - counts[0]) in (0, last)
+    assert (counts[1] > counts[0]) is (blocks > 0)
+
+
+def test_what_is_recomputed_is_not_kept():
+    """Memory of the settings of checkpointing, from the dearest to the cheapest; FLOPs the other way round."""
+    order = [("none", 1), ("selective", 1), ("full", 2), ("full", 1)]
+    found = []
+    for mode, every in order:
+        overrides = {"parallel.activation_checkpointing": mode, "parallel.activation_checkpointing_every": every}
+        estimator = Estimator(lmfusion(**{"data.sequence_length": 512, "model.num_layers": 4, **overrides}), Target(2, DEVICES["cpu"]))
+        found.append(estimator.predict(estimator.config))
+    none, selective, half, full = found
+    assert none.memory > selective.memory > full.memory and none.memory > half.memory > full.memory
+    assert none.recomputed == selective.recomputed == 0 and full.recomputed == 2 * half.recomputed > 0
+
+
+def test_a_frozen_prefix_saves_its_backward():
+    settings = {"data.sequence_length": 48, "data.image.size": 16, "train.global_batch_sequences": 2, "data.image.patch_size": 2}
+    found = {}
+    for prefix in (True, False):
+        estimator = Estimator(lmfusion(**{**settings, "parallel.frozen_prefix": prefix}), Target(1, small_gpu(1e12)))
+        found[prefix] = estimator, estimator.predict(estimator.config)
+    (with_prefix, less), (without, more) = found[True], found[False]
+    assert without.flops["text"] > with_prefix.flops["text"] and without.flops["image"] == with_prefix.flops["image"]
+    assert more.memory > less.memory and more.time.compute > less.time.compute
+
+
+def test_deepspeed_is_estimated_where_it_is_alike():
+    config = lmfusion(**{"parallel.engine": "deepspeed", "parallel.zero_stage": 3})
+    alike = Estimator(config, Target(2, DEVICES["cpu"]))
+    assert any("parallel.engine=deepspeed" in sentence for sentence in alike.assumptions)
+    plain = Estimator(lmfusion(), Target(2, DEVICES["cpu"]))
+    assert alike.predict(alike.config).simulated == plain.predict(plain.config).simulated
+    with pytest.raises(UserError, match=r"parallel.zero_stage=2: FSDP2 is estimated"):
+        Estimator(lmfusion(**{"parallel.engine": "deepspeed", "parallel.zero_stage": 2}), Target(2, DEVICES["cpu"]))
 
 
 def test_what_does_not_fit_is_told_how_it_would():

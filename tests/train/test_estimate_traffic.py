@@ -104,7 +104,14 @@ def test_traffic_is_what_fsdp_must_move():
     assert found["reduce-scatter"] == 4 * trains
 
 
-@pytest.mark.parametrize("overrides", [{}, {"parallel__activation_checkpointing": "full"}], ids=str)
+DEEP: list[dict[str, Any]] = [
+    {},
+    {"parallel__activation_checkpointing": "full", "parallel__activation_checkpointing_every": 3},
+    {"parallel__activation_checkpointing": "selective"},
+]
+
+
+@pytest.mark.parametrize("overrides", DEEP, ids=str)
 def test_a_deep_model_is_told_from_shallow_ones(overrides):
     config = lmfusion(model__num_layers=9, parallel__precision="bfloat16", **overrides)
     shape, batch = build_model(config).shape, a_batch(config)

@@ -99,7 +99,8 @@ class Estimator:
         for batch in batches:
             counted.update(count_flops(model, batch))
         self.flops = {kind: count * sequences / len(batches) for kind, count in counted.items()}
-        self._recomputed = sum(recomputed_flops(model, batch) for batch in batches) * sequences / len(batches)
+        every = config.parallel.activation_checkpointing_every
+        self._recomputed = sum(recomputed_flops(model, batch, every) for batch in batches) * sequences / len(batches)
         self.assumptions = [note for note in (self.work.origin, known_by_name, codec, *changes) if note]
 
     def predict(self, config: Config) -> Prediction:
@@ -112,7 +113,7 @@ class Estimator:
         with kernels_of_a_gpu(self.on_gpu):
             simulated = simulate_layers(config, self.shape, batch, micro_batches, target.world_size)
         flops = sum(self.flops.values()) / target.world_size
-        recomputed = 0.0 if parallel.activation_checkpointing == "none" else self._recomputed / target.world_size
+        recomputed = self._recomputed / target.world_size if parallel.activation_checkpointing == "full" else 0.0
         held = simulated.memory[OPTIMIZER]
         states = held.get(GRADIENTS, 0) * 2 + held.get(OPTIMIZER_STATE, 0)  # the weights that train are as large as their gradients
         time = step_time(

@@ -10,8 +10,8 @@ from fusiontrain.models.shape import ModelShape
 from fusiontrain.train.estimate.simulate import Simulated, simulate
 from fusiontrain.types import Batch
 
-DEPTHS = (3, 4)
-"""Blocks of the models that are simulated. In fewer the first and the last block, which have only one neighbour, would be too large a part."""
+SHALLOW = 3
+"""Blocks, at least, of the models that are simulated. In fewer the first and the last one, which have only one neighbour, would be too large a part."""
 
 Key = TypeVar("Key")
 
@@ -24,11 +24,14 @@ def with_shape(config: Config, shape: ModelShape, num_layers: int) -> Config:
 
 
 def simulate_layers(config: Config, shape: ModelShape, batch: Batch, micro_batches: int, world_size: int) -> Simulated:
-    """`simulate` for a model of any depth. A moment's peak is at one of its ends, so it grows evenly with every block, and so does traffic."""
-    if shape.num_layers <= DEPTHS[1]:
+    """`simulate` for a model of any depth. A moment's peak is at one of its ends, so it grows evenly with every block (or with every n, where every
+    n-th one forgets its activations), and so does traffic."""
+    period = config.parallel.activation_checkpointing_every if config.parallel.activation_checkpointing != "none" else 1
+    depth = SHALLOW + (shape.num_layers - SHALLOW) % period
+    if shape.num_layers <= depth + period:
         return simulate(with_shape(config, shape, shape.num_layers), batch, micro_batches, world_size)
-    low, high = (simulate(with_shape(config, shape, depth), batch, micro_batches, world_size) for depth in DEPTHS)
-    more = shape.num_layers - DEPTHS[0]
+    low, high = (simulate(with_shape(config, shape, depth), batch, micro_batches, world_size) for depth in (depth, depth + period))
+    more = (shape.num_layers - depth) // period
     return Simulated(
         {moment: _extend(low.moments[moment], high.moments[moment], more) for moment in low.moments},
         _extend(low.calls, high.calls, more),
@@ -37,5 +40,5 @@ def simulate_layers(config: Config, shape: ModelShape, batch: Batch, micro_batch
 
 
 def _extend(low: Mapping[Key, float], high: Mapping[Key, float], more: int) -> dict[Key, float]:
-    """Values of a model that has `more` blocks more than `low`, where `high` has one more."""
+    """Values of a model that is `more` times as much deeper than `low` as `high` is."""
     return {key: low.get(key, 0) + more * (high.get(key, 0) - low.get(key, 0)) for key in {**low, **high}}

@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusiontrain.config.schema import Config
+from fusiontrain.config.schema import Config, ParallelConfig
 from fusiontrain.config.validate import uses_images
 from fusiontrain.models.llama_weights import read_llama_shape
 from fusiontrain.models.shape import ModelShape, shape_from_config
+from fusiontrain.utils.errors import UserError
 from fusiontrain_kernels._launch import has_triton
 
 LLAMA_SHAPES = {
@@ -65,9 +66,11 @@ def _codec(folder: Path) -> tuple[int, int, int]:
 
 
 def traceable(config: Config, on_gpu: bool) -> tuple[Config, list[str]]:
-    """The config with compilation off and, for a GPU, its kernels named; and sentences on what differs from a run."""
+    """The config under FSDP2 with compilation off and, for a GPU, its kernels named; and sentences on what differs from a run. Raises UserError for
+    an engine that FSDP2 does not stand for."""
     notes = ["parallel.compile is not looked at: compiled blocks keep as much or less"] if config.parallel.compile else []
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False})})
+    notes += _notes_on_engine(config.parallel)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"compile": False, "engine": "fsdp2"})})
     if not on_gpu:
         return config, notes
     if not has_triton():
@@ -75,6 +78,17 @@ def traceable(config: Config, on_gpu: bool) -> tuple[Config, list[str]]:
     asked = {key: getattr(config.kernels, key) or config.kernels.impl for key in GPU_KERNELS}
     named = {key: "triton" if name == "auto" or name in GPU_KERNELS[key] else name for key, name in asked.items()}
     return config.model_copy(update={"kernels": config.kernels.model_copy(update=named)}), notes
+
+
+def _notes_on_engine(parallel: ParallelConfig) -> list[str]:
+    if parallel.engine == "fsdp2":
+        return []
+    if parallel.zero_stage < 3:
+        raise UserError(
+            f"parallel.zero_stage={parallel.zero_stage}: FSDP2 is estimated, and ZeRO 3, which holds the same; this stage keeps "
+            "more on every rank: set parallel.zero_stage=3 or parallel.engine=fsdp2 to see those"
+        )
+    return ["parallel.engine=deepspeed: the estimate is of FSDP2, which holds and moves what ZeRO 3 does but for DeepSpeed's own buffers"]
 
 
 @contextlib.contextmanager

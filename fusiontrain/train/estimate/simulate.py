@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.schema import Config
@@ -55,7 +56,7 @@ class Simulated:
 
 def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) -> Simulated:
     """A step of `micro_batches` such batches on rank 0 of `world_size` ranks. The batch is real and on the CPU; nothing is computed with it."""
-    with fake_group(config, world_size):
+    with fake_group(config, world_size), only_first_shards():
         ranks = Ranks(0, world_size)
         mesh = build_mesh(config.parallel, ranks)
         tracker, counter = MemoryTracker[Moment](), TrafficCounter()
@@ -95,6 +96,21 @@ def fake_group(config: Config, world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def only_first_shards() -> Iterator[None]:
+    """Lets FSDP cut off the shard of rank 0 alone. It would make those of all ranks to take its own, which is most of the time for hundreds."""
+
+    def first(tensor: torch.Tensor, num_chunks: int, dim: int) -> list[torch.Tensor]:
+        return [tensor.narrow(dim, 0, -(-tensor.shape[dim] // num_chunks))]
+
+    original = _fsdp_param._chunk_with_empty
+    _fsdp_param._chunk_with_empty = first
+    try:
+        yield
+    finally:
+        _fsdp_param._chunk_with_empty = original
 
 
 def _hook_phases(model: FusionModel, tracker: MemoryTracker[Moment], counter: TrafficCounter) -> None:
