@@ -2,7 +2,8 @@
 
     python kernels/benchmarks/attention.py [--rounds 20] [--only mixed]
 
-The baseline is `scaled_dot_product_attention` with the dense mask made beforehand. Block masks of flex are made beforehand too, but for
+The baseline is `scaled_dot_product_attention` with the dense mask made beforehand; "triton" is also compared with it where every query head has keys of
+its own ("dense, repeated": more of torch's kernels take that), with flex and with flash. Block masks of flex are made beforehand too, but for
 "flex + mask", which makes one in every call, as a model does once a batch. TFLOP/s count what the mask allows: 4 H Dh products and sums a
 pair of query and key in the forward, 10 in the backward.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch._functorch.config
 from harness import Options, Report, can_run_triton, parse
 from torch.nn import functional as F
 
@@ -31,6 +33,8 @@ PARTS = {
     "pairs": lambda rows: [(rows // 56, False), (rows // 32, True)],  # a caption and its image, 402 rows of 8192
 }
 """Tokens of the parts of one document, and whether they are an image; repeated until the rows are full."""
+BASELINES = ("dense mask", "dense, repeated", "flex", "flex + mask", "flash")
+torch._functorch.config.donated_buffer = False  # flex is compiled, and its backward is timed again and again on one graph
 
 
 class Batch:
@@ -58,11 +62,16 @@ def implementations(layout: str, batch: Batch, options: Options, differentiate: 
         heads_first = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
         return F.scaled_dot_product_attention(*heads_first, attn_mask=batch.allowed, enable_gqa=True)[0].transpose(0, 1)
 
+    def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        share = q.shape[1] // k.shape[1]
+        heads_first = (tensor.transpose(0, 1)[None] for tensor in (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)))
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=batch.allowed)[0].transpose(0, 1)
+
     def ours(impl: str, ranges: Callable[[], torch.Tensor] = lambda: batch.key_ranges) -> Callable[..., torch.Tensor]:
         return lambda q, k, v: masked_routing_attention(q, k, v, ranges(), batch.query_ranges, impl=impl)
 
     on_gpu = options.device.type == "cuda"
-    found = {"dense mask": dense, "sdpa": ours("sdpa")}
+    found = {"dense mask": dense, "dense, repeated": repeated, "sdpa": ours("sdpa")}
     if not on_gpu:
         found["chunked"] = ours("chunked")
     if can_run_triton(options):
@@ -87,15 +96,15 @@ def compare(layout: str, dtype: torch.dtype, options: Options, report: Report) -
     grad = torch.randn(num_rows, heads, dim, generator=generator, device=options.device).to(dtype)
     products = 2 * dim * heads * float(batch.allowed.sum())
     forward = {name: lambda attend=attend: attend(*leaves) for name, attend in implementations(layout, batch, options, False).items()}
-    report.compare(case, "forward", dtype, forward, "dense mask", 2 * products)
+    report.compare(case, "forward", dtype, forward, BASELINES, 2 * products)
     for leaf in leaves:
         leaf.requires_grad_()
     trained = implementations(layout, batch, options, True)
     outs = {name: attend(*leaves) for name, attend in trained.items()}
     backward = {name: lambda out=out: torch.autograd.grad(out, leaves, grad, retain_graph=True) for name, out in outs.items()}
-    report.compare(case, "backward", dtype, backward, "dense mask", 5 * products)
+    report.compare(case, "backward", dtype, backward, BASELINES, 5 * products)
     both = {name: lambda attend=attend: torch.autograd.grad(attend(*leaves), leaves, grad) for name, attend in trained.items()}
-    report.compare(case, "both", dtype, both, "dense mask", 7 * products)
+    report.compare(case, "both", dtype, both, BASELINES, 7 * products)
 
 
 def main(arguments: list[str] | None = None) -> Report:

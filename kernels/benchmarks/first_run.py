@@ -40,7 +40,7 @@ FLOOR = 2.0**-8
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows; model, feed-forward and vocabulary width; heads, key heads and their width; rows of the loss."""
+    """Rows; model, feed-forward and vocabulary width; heads, key heads and their widths, of which attention takes all; rows of the loss."""
 
     num_rows: int
     dim: int
@@ -48,11 +48,11 @@ class Sizes:
     vocab: int
     heads: int
     kv_heads: int
-    head_dim: int
+    head_dims: tuple[int, ...]
     loss_rows: int
 
 
-SIZES = {"toy": Sizes(21, 16, 16, 24, 2, 1, 16, 5), "gpu": Sizes(8192, 4096, 14336, 128256, 8, 2, 128, 4096)}
+SIZES = {"toy": Sizes(21, 16, 16, 24, 2, 1, (16,), 5), "gpu": Sizes(8192, 4096, 14336, 128256, 8, 2, (128, 64, 96, 256), 4096)}
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,14 @@ def products(sizes: Sizes, leaf: Maker) -> Iterator[Case]:
     gains = [leaf(dim) for _ in range(3)]
     yield Case("add_rms_norm", lambda x, r, *w, impl: add_rms_norm(x, r, w, bounds, EPS, impl=impl), [x, leaf(num_rows, dim), *gains])
     yield Case("swiglu", lambda gate, up, impl: (swiglu(gate, up, impl=impl),), [leaf(num_rows, ffn), leaf(num_rows, ffn)])
-    q, k = leaf(num_rows, sizes.heads, sizes.head_dim), leaf(num_rows, sizes.kv_heads, sizes.head_dim)
-    angles = torch.arange(num_rows, device=leaf.device)[:, None] * 0.7 ** torch.arange(sizes.head_dim // 2, device=leaf.device).repeat(2)
+    head_dim = sizes.head_dims[0]
+    q, k = leaf(num_rows, sizes.heads, head_dim), leaf(num_rows, sizes.kv_heads, head_dim)
+    angles = torch.arange(num_rows, device=leaf.device)[:, None] * 0.7 ** torch.arange(head_dim // 2, device=leaf.device).repeat(2)
 
     def turn(q: torch.Tensor, k: torch.Tensor, *w: torch.Tensor, impl: str) -> Tensors:
         return qk_norm_rope(q, k, w[:3], w[3:], angles.cos().to(q.dtype), angles.sin().to(q.dtype), bounds, EPS, impl=impl)
 
-    yield Case("qk_norm_rope", turn, [q, k, *(leaf(sizes.head_dim) for _ in range(6))])
+    yield Case("qk_norm_rope", turn, [q, k, *(leaf(head_dim) for _ in range(6))])
 
 
 def loss(sizes: Sizes, leaf: Maker) -> Case:
@@ -109,8 +110,9 @@ def loss(sizes: Sizes, leaf: Maker) -> Case:
     return Case("linear_cross_entropy", call, [leaf(sizes.loss_rows, sizes.dim), leaf(sizes.vocab, sizes.dim, scale=sizes.dim**-0.5)])
 
 
-def attention(sizes: Sizes, leaf: Maker) -> Case:
-    """Documents of a fifth of the rows, the third quarter of each one an image, stored after all text."""
+def attention(sizes: Sizes, leaf: Maker) -> Iterator[Case]:
+    """Documents of a fifth of the rows, the third quarter of each one an image, stored after all text. Every width of a head; then, with the
+    log-sum-exp, gradients of a third of the rows alone."""
     place = np.arange(sizes.num_rows)
     length = sizes.num_rows // 5
     order, documents = place % length, place // length
@@ -120,11 +122,18 @@ def attention(sizes: Sizes, leaf: Maker) -> Case:
     bounds = (0, int((~is_image).sum()), sizes.num_rows)
     keys, queries = (torch.from_numpy(ranges).to(leaf.device) for ranges in mask_ranges(documents[rows], order[rows], segments[rows], bounds))
 
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, impl: str) -> Tensors:
+    def all_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, impl: str) -> Tensors:
         return (masked_routing_attention(q, k, v, keys, queries, impl=impl),)
 
-    q, k, v = (leaf(sizes.num_rows, heads, sizes.head_dim) for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads))
-    return Case("masked_routing_attention", call, [q, k, v], usual="sdpa")
+    def some_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, impl: str) -> Tensors:
+        return masked_routing_attention(q, k, v, keys, queries, grad_rows=wanted, return_lse=True, impl=impl)
+
+    wanted = torch.tensor([[sizes.num_rows // 2, sizes.num_rows * 5 // 6]], dtype=torch.int32, device=leaf.device)
+    for head_dim in sizes.head_dims:
+        q, k, v = (leaf(sizes.num_rows, heads, head_dim) for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads))
+        yield Case(f"attention {head_dim}", all_rows, [q, k, v], usual="sdpa")
+        if head_dim == sizes.head_dims[0]:
+            yield Case(f"attention {head_dim} some rows", some_rows, [q, k, v], usual="sdpa")
 
 
 def results(case: Case, leaves: Tensors, impl: str) -> list[torch.Tensor]:
@@ -163,7 +172,7 @@ def cases(options: Options) -> Iterator[Case]:
     sizes, leaf = SIZES["toy" if options.size == "toy" else "gpu"], Maker(options.device)
     yield from products(sizes, leaf)
     yield loss(sizes, leaf)
-    yield attention(sizes, leaf)
+    yield from attention(sizes, leaf)
 
 
 def main(arguments: list[str] | None = None) -> int:

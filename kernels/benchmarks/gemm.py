@@ -4,7 +4,7 @@
 
 Half of the rows are text, half image. "boolean" is routing as published with Mixture-of-Transformers (arXiv 2411.04996): the rows of each
 modality are gathered by a boolean mask, which makes the host wait for a GPU, and put back after the product; its modalities alternate in
-spans of 256 rows. All others have their rows modality by modality already.
+spans of 256 rows. All others have their rows modality by modality already. "triton" is also compared with "boolean" and "segments".
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fusiontrain_kernels.modality_gemm import modality_gemm
 
 SIZES = {"toy": (16, 32, 32, 2, 1), "cpu": (2048, 1024, 2816, 16, 4), "gpu": (8192, 4096, 14336, 32, 8)}
 """T, D, F, heads, key heads. "gpu" is Llama-3-8B."""
+BASELINES = ("dense", "segments", "boolean")
 Linear = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
 
@@ -61,6 +62,13 @@ def both_passes(linear: Linear, x: torch.Tensor, weights: list[torch.Tensor], gr
     return lambda: torch.autograd.grad(linear(x, weights), leaves, grad, allow_unused=True)
 
 
+def one_gradient(linear: Linear, x: torch.Tensor, weights: list[torch.Tensor], grad: torch.Tensor, of_weights: bool) -> Callable[[], object]:
+    """The backward alone: of x, or of the weights."""
+    x, weights = x.detach().requires_grad_(not of_weights), [weight.detach().requires_grad_(of_weights) for weight in weights]
+    out, leaves = linear(x, weights), weights if of_weights else [x]
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True, allow_unused=True)
+
+
 def products(options: Options, report: Report, dtype: torch.dtype) -> None:
     """The four products of a layer."""
     num_rows, dim, ffn, heads, kv_heads = SIZES[options.size]
@@ -72,8 +80,11 @@ def products(options: Options, report: Report, dtype: torch.dtype) -> None:
         ways, flops, case = implementations(options, num_rows, dtype), 2 * num_rows * inner * width, f"{name} {num_rows}x{inner}x{width}"
         with torch.no_grad():
             forward: dict[str, Callable[[], object]] = {way: partial(linear, x, weights) for way, linear in ways.items()}
-            report.compare(case, "forward", dtype, forward, "dense", flops)
-        report.compare(case, "both", dtype, {way: both_passes(linear, x, weights, grad) for way, linear in ways.items()}, "dense", 3 * flops)
+            report.compare(case, "forward", dtype, forward, BASELINES, flops)
+        for which, of_weights in (("dgrad", False), ("wgrad", True)):
+            alone = {way: one_gradient(linear, x, weights, grad, of_weights) for way, linear in ways.items()}
+            report.compare(case, which, dtype, alone, BASELINES, flops)
+        report.compare(case, "both", dtype, {way: both_passes(linear, x, weights, grad) for way, linear in ways.items()}, BASELINES, 3 * flops)
         frozen = [weights[0].detach(), weights[1]]
         half = {way: both_passes(ways[way], x, frozen, grad) for way in ways if way not in ("dense", "boolean")}
         half["dense"] = both_passes(ways["dense"], x, weights, grad)
@@ -88,7 +99,7 @@ def blocks(options: Options, report: Report, dtype: torch.dtype) -> None:
     functions = {}
     for name, route in block.routes(shape, options.device, can_run_triton(options), masks):
         functions[name] = block.both_passes(shape, route, options.device, dtype)
-    report.compare(f"block {num_rows}x{dim}x{ffn}", "both", dtype, functions, "dense", 3 * shape.flops())
+    report.compare(f"block {num_rows}x{dim}x{ffn}", "both", dtype, functions, BASELINES, 3 * shape.flops())
 
 
 def dtypes(options: Options) -> Iterator[torch.dtype]:

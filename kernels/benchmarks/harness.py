@@ -18,7 +18,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ COLUMNS = {
     "triton": "version, empty if not installed",
     "benchmark": "the script",
     "case": "what is computed, with its sizes",
-    "pass": "forward, backward, or both",
+    "pass": "forward, backward (dgrad or wgrad alone), or both",
     "dtype": "of the tensors",
     "implementation": "the `impl` of the operator, or what it is compared with",
     "rounds": "of which `milliseconds` and `ratio` are medians",
@@ -157,16 +157,20 @@ class Report:
         which: str,
         dtype: torch.dtype,
         functions: Mapping[str, Function],
-        baseline: str,
+        baselines: str | Sequence[str],
         flops: float | None = None,
         size: float | None = None,
         extra_mib: Mapping[str, float | None] | None = None,
     ) -> None:
-        """Time `functions` side by side. flops and size: products and bytes of each."""
+        """Time `functions` side by side. baselines: all are compared with the first; "triton" also, in rows of their own, with each of the others that
+        ran. flops and size: products and bytes of each."""
         if not re.search(self.options.only, case):
             return
         samples = time_each(functions, self.options.device, self.options.rounds)
-        for name, seconds in samples.items():
+        first, *rivals = [baselines] if isinstance(baselines, str) else baselines
+        pairs = [(name, first) for name in samples] + [("triton", rival) for rival in rivals if "triton" in samples and rival in samples]
+        for name, baseline in pairs:
+            seconds = samples[name]
             median = statistics.median(seconds)
             ratio = statistics.median([a / b for a, b in zip(samples[baseline], seconds, strict=True) if b > 0] or [float("nan")])
             extra = (extra_mib or {}).get(name)
@@ -191,7 +195,8 @@ class Report:
         row = {"date": day, "device": device_name(self.options.device), **versions, "benchmark": self.benchmark, "rounds": self.options.rounds, **row}
         self.rows.append(row)
         rates = "  ".join(f"{row[name]} {name}" for name in ("tflops", "gbytes_per_second", "extra_mib") if row[name])
-        print(f"{row['case']:48} {row['pass']:8} {row['dtype']:9} {row['implementation']:12} {row['milliseconds']:>9} ms  x{row['ratio']}  {rates}", flush=True)
+        name = f"{row['case']:48} {row['pass']:8} {row['dtype']:9} {row['implementation']:15}"
+        print(f"{name} {row['milliseconds']:>9} ms  x{row['ratio']} of {row['baseline']}  {rates}", flush=True)
         if self.options.out is not None:
             append(self.options.out, row)
 

@@ -243,6 +243,17 @@ def test_one_plan_per_key_ranges_until_they_change(monkeypatch: pytest.MonkeyPat
     assert len(made) == 3
 
 
+def test_a_plan_is_not_kept_of_a_tensor_that_does_not_count_its_writes() -> None:
+    layout = random_layout(5)
+    qkv = inputs(len(layout.allowed), 2, 1)
+    with torch.inference_mode():
+        ranges = layout.key_ranges.clone()
+        first = masked_routing_attention(*qkv, ranges, layout.query_ranges, impl="chunked")
+        torch.testing.assert_close(first, by_loops(*qkv, layout.allowed, 0.5), rtol=0, atol=1e-12)
+        ranges[1:] = 0
+        assert (masked_routing_attention(*qkv, ranges, layout.query_ranges, impl="chunked")[1:] == 0).all()
+
+
 def test_a_plan_lives_no_longer_than_its_key_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "plan_of", Kept(chunked_plan.make_plan))
     layout = random_layout(5)

@@ -29,9 +29,12 @@ def test_it_writes_complete_rows(attention: ModuleType, tmp_path: Path) -> None:
     attention.main(["--size", "toy", "--device", "cpu", "--rounds", "1", "--only", "mixed", "--out", str(path)])
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    both = {"dense mask", "sdpa", "chunked", "triton"}
+    both = {"dense mask", "dense, repeated", "sdpa", "chunked", "triton"}
     for which, names in (("forward", both | {"flex", "flex + mask"}), ("backward", both), ("both", both)):
         assert {row["implementation"] for row in rows if row["pass"] == which} == names
+    rivals = {row["baseline"] for row in rows if row["pass"] == "forward" and row["implementation"] == "triton"}
+    assert rivals == {"dense mask", "dense, repeated", "flex", "flex + mask"}
+    assert {row["baseline"] for row in rows if row["implementation"] != "triton"} == {"dense mask"}
     assert all(row["date"] and row["device"] and float(row["milliseconds"]) > 0 and float(row["tflops"]) > 0 for row in rows)
 
 

@@ -22,6 +22,7 @@ from fusiontrain.types import Batch
 from fusiontrain.utils.errors import UserError
 from fusiontrain_kernels import choices
 from fusiontrain_kernels._launch import interpreting
+from fusiontrain_kernels.modality_gemm import modality_gemm
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs Triton kernels on the CPU")
@@ -109,6 +110,21 @@ def test_an_explicit_choice_that_cannot_run_is_one_sentence(settings: dict[str, 
     with pytest.raises(UserError, match=sentence) as error:
         chosen(**settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 8)], ids=str)
+def test_grouped_mm_takes_rows_of_sixteen_bytes(dtype: torch.dtype, width: int):
+    """What the choice says is what the operator does."""
+    for count in (width, width + width // 2):
+        obstacle = choices.obstacle("modality_gemm", "grouped_mm", CPU, dtype, [count, 16])
+        rows, weight = torch.ones(2, count, dtype=dtype), torch.ones(16, count, dtype=dtype)
+        if count == width:
+            assert obstacle is None
+            assert (modality_gemm(rows, [weight], (0, 2), impl="grouped_mm") == width).all()
+        else:
+            assert obstacle == f"rows of {count} {str(dtype).removeprefix('torch.')} numbers are no multiple of 16 bytes"
+            with pytest.raises(ValueError, match="multiples of 16 bytes"):
+                modality_gemm(rows, [weight], (0, 2), impl="grouped_mm")
 
 
 def test_triton_without_a_gpu_is_one_sentence_before_any_training(monkeypatch):
