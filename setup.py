@@ -28,6 +28,7 @@ setup(
         "isal",
         "numpy",
         "omegaconf",
+        "orjson",
         "pillow",
         "pydantic>=2",
         "pyyaml",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from array import array
 from contextlib import closing
@@ -21,6 +22,7 @@ from fusiontrain.data.storage.files import ReadAhead, ShardFile
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.storage.shard import Shard
 from fusiontrain.data.tar import TarSample
+from fusiontrain.data.tar_runs import Member
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.utils.errors import UserError
 
@@ -87,7 +89,8 @@ class _Builder:
         self.bad: list[tuple[int, str, str]] = []
 
     def add(self, number: int, sample: TarSample, file: ShardFile) -> None:
-        key, members, data = sample.key.encode(), sample.members, _contents(sample, file)
+        key, members = sample.key.encode(), sample.members
+        data, rows = self._contents(members, file)
         parsed = read_sample(self.kind, members, data.__getitem__, self.representation)
         places = dict(zip(members, range(len(members)), strict=True))
         pieces: list[int] = []
@@ -98,17 +101,27 @@ class _Builder:
                 height, width = image_size(image, data[image if image in data else split_page(image)[0]])
                 pieces += (IMAGE_PIECE, 0, height, width, places.setdefault(image, len(places)))
         self.pieces.extend(pieces)
-        number_of = self.suffixes.setdefault
-        rows: list[int] = []
-        for suffix in places:
-            content = suffix if suffix in members else split_page(suffix)[0]
-            _, offset, size, _ = members[content]
-            rows += (number_of(suffix, len(self.suffixes)), offset, size, crc32(data[content]))
+        for page in itertools.islice(places, len(members), None):
+            _, offset, size, _ = members[split_page(page)[0]]
+            rows += (self.suffixes.setdefault(page, len(self.suffixes)), offset, size, crc32(data[split_page(page)[0]]))
         self.members.extend(rows)
         if len(self.suffixes) > MOST_SUFFIXES:
             raise UserError(f"sample {sample.key!r}: more than {MOST_SUFFIXES} different suffixes in its shard; name the members of every sample alike")
         self.samples.extend((number, len(key), parsed.is_pair, len(pieces) // 5, len(places)))
         self.keys += key
+
+    def _contents(self, members: dict[str, Member], file: ShardFile) -> tuple[dict[str, bytes], list[int]]:
+        """The bytes of a sample's members, and their rows."""
+        data: dict[str, bytes] = {}
+        rows: list[int] = []
+        number_of, read = self.suffixes.setdefault, file.read
+        try:
+            for suffix, (_, offset, size, _) in members.items():
+                data[suffix] = content = read(offset, size)
+                rows += (number_of(suffix, len(self.suffixes)), offset, size, crc32(content))
+        except OSError as error:
+            raise BadSample(f"cannot be read ({error})") from error
+        return data, rows
 
     def finish(self) -> ShardIndex:
         numbers, key_lengths, is_pair, num_pieces, num_members = _columns(self.samples, 5)
@@ -135,13 +148,6 @@ class _Builder:
         )
 
 
-def _contents(sample: TarSample, file: ShardFile) -> dict[str, bytes]:
-    try:
-        return {suffix: file.read(offset, size) for suffix, (_, offset, size, _) in sample.members.items()}
-    except OSError as error:
-        raise BadSample(f"cannot be read ({error})") from error
-
-
 def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)], dtype=np.int64)
 
@@ -154,6 +160,6 @@ def _columns(rows: array[int], count: int) -> np.ndarray:
 def _as(dtype: DTypeLike, column: np.ndarray) -> np.ndarray:
     """A column as an array of its own. Raises OverflowError for a number that does not fit."""
     narrow = column.astype(dtype)
-    if not np.array_equal(narrow, column):
+    if (narrow != column).any():
         raise OverflowError(f"an index holds a number that is no {np.dtype(dtype)}")
     return narrow
