@@ -22,8 +22,8 @@ class Arguments(NamedTuple):
     def check(self) -> None:
         """Raises ValueError for tensors that do not fit together."""
         q, k, v = self.q, self.k, self.v
-        if q.dim() != 3 or q.shape[2] == 0:
-            raise ValueError(f"masked_routing_attention: q must be [T, H, Dh] with Dh > 0, not {list(q.shape)}")
+        if q.dim() != 3 or 0 in q.shape[1:] or not q.is_floating_point():
+            raise ValueError(f"masked_routing_attention: q must be [T, H, Dh] of floating-point numbers with H and Dh > 0, not {q.dtype} {list(q.shape)}")
         num_rows, num_heads, head_dim = q.shape
         fits = k.dim() == 3 and k.shape == v.shape and (len(k), k.shape[2]) == (num_rows, head_dim) and k.shape[1] > 0
         if not fits or num_heads % k.shape[1]:
