@@ -39,8 +39,8 @@ TABLE: dict[int, dict[str, dict[int, Config]]] = {
         "delta": {64: Config(64, 0, 4, 1), 128: Config(64, 0, 4, 1), 256: Config(32, 0, 4, 1)},
     },
     100: {
-        "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-        "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+        "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
+        "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
         "dkdv": {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
         "delta": {64: Config(32, 0, 4, 1), 128: Config(64, 0, 8, 1), 256: Config(32, 0, 4, 1)},
     },
