@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from fusiontrain.parallel.mesh import process_group, read_ranks
     from fusiontrain.train.build import check_config
     from fusiontrain.train.metrics import close_log, open_log
+    from fusiontrain.train.run_lock import only_training_in
     from fusiontrain.utils.errors import UserError
 
     ranks = read_ranks()
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise
     log = open_log(Path(config.run.dir), ranks.rank)
     try:
-        with process_group(ranks, config.parallel):
+        with process_group(ranks, config.parallel), only_training_in(Path(config.run.dir)):
             return _train(config, ranks, args.json)
     finally:
         close_log(log)

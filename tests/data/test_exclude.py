@@ -49,6 +49,14 @@ def test_excluding_adds_and_does_so_once(tmp_path, capsys):
     assert len(loader_of(source).sources[0]) == 6
 
 
+def test_excluding_from_one_shard_leaves_what_was_excluded_from_another(tmp_path):
+    source = write_shards(tmp_path / "shards", shards=2, samples=4)
+    for number in range(2):
+        shard = f"{source}/shard-00{number}.tar"
+        assert main(["data", "index", shard, "--exclude", exclusions(tmp_path, (shard, f"s{number}-0002"))]) == 0
+    assert {f"s{shard}-{n:04d}" for shard in range(2) for n in range(4)} - keys_of(loader_of(source)) == {"s0-0002", "s1-0002"}
+
+
 def test_a_relative_shard_is_meant_from_the_current_folder(tmp_path, monkeypatch):
     """As in the bad_samples.jsonl of a run whose sources have relative paths."""
     source = write_shards(tmp_path / "shards", shards=1, samples=4)

@@ -99,7 +99,7 @@ def test_splitting_keeps_every_token_and_never_cuts_an_image():
     for _ in range(300):
         length = draw.choice([8, 9, 16, 33])
         kinds = [draw.choice([TEXT_PIECE, IMAGE_PIECE]) for _ in range(draw.randrange(1, 8))]
-        tokens = [draw.choice([0, 1, 2, length - 4, length, 3 * length + 1]) if kind == TEXT_PIECE else draw.choice([1, 4]) for kind in kinds]
+        tokens = [draw.choice([0, 1, 2, length - 4, length - 1, length, 3 * length + 1]) if kind == TEXT_PIECE else draw.choice([1, 4]) for kind in kinds]
         parts = lengths_of(kinds, tokens, length)
         kept = collections.Counter()
         for number, part in enumerate(parts):
@@ -108,6 +108,7 @@ def test_splitting_keeps_every_token_and_never_cuts_an_image():
             assert part.cut == (number < len(parts) - 1)
             for place in part.places:
                 assert place.first_token == kept[place.piece]
+                assert place.num_tokens > 0 or not tokens[place.piece], "no document begins with what is left of nothing"
                 assert place.kind == TEXT_PIECE or place.num_tokens == tokens[place.piece]
                 kept[place.piece] += place.num_tokens
         assert [kept[piece] for piece in range(len(kinds))] == tokens
