@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+
+_tracing_depth = 0
+
+
+@contextmanager
+def tracing_for_a_gpu() -> Iterator[None]:
+    """While it is open, Triton's operators may be chosen on any device: for fake tensors, of which only shapes are asked and nothing is launched."""
+    global _tracing_depth
+    _tracing_depth += 1
+    try:
+        yield
+    finally:
+        _tracing_depth -= 1
+
+
+def obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run there, or None if they can."""
+    if not has_triton():
+        return "Triton is not installed"
+    if device.type == "cuda" or _tracing_depth:
+        return None
+    if not interpreting():
+        return f"Triton kernels run on a GPU, not on {device.type} (or slowly anywhere with TRITON_INTERPRET=1)"
+    return "Triton's interpreter computes bfloat16 wrongly" if interprets_wrongly(dtype) else None
 
 
 @torch.compiler.assume_constant_result
@@ -40,12 +65,9 @@ def auto_triton(x: torch.Tensor, otherwise: str) -> str:
 
 def require_triton(operator: str, x: torch.Tensor) -> None:
     """Raises ValueError where impl="triton" cannot run on `x`."""
-    if not has_triton():
-        raise ValueError(f"{operator}: impl='triton': Triton is not installed: pip install triton, or choose another impl")
-    if not x.is_cuda and not interpreting():
-        raise ValueError(f"{operator}: impl='triton': x is on {x.device}: move it to a GPU, set TRITON_INTERPRET=1, or choose another impl")
-    if not x.is_cuda and interprets_wrongly(x.dtype):
-        raise ValueError(f"{operator}: impl='triton': Triton's interpreter computes bfloat16 wrongly: use float32 or a GPU, or choose another impl")
+    why_not = obstacle_to_triton(x.device, x.dtype)
+    if why_not:
+        raise ValueError(f"{operator}: impl='triton': {why_not}: choose another impl")
 
 
 @cache

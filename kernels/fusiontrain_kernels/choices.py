@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fusiontrain_kernels._launch import has_triton, interpreting, interprets_wrongly
+from fusiontrain_kernels._launch import obstacle_to_triton
 
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "masked_routing_attention": ("chunked", "sdpa", "flex", "flash", "triton", "reference"),
@@ -40,12 +40,9 @@ def best(operator: str, device: torch.device, dtype: torch.dtype = torch.float32
 
 
 def _triton(operator: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> str | None:
-    if not has_triton():
-        return "Triton is not installed"
-    if device.type != "cuda" and not interpreting():
-        return f"Triton kernels run on a GPU, not on {device.type} (or slowly anywhere with TRITON_INTERPRET=1)"
-    if device.type != "cuda" and interprets_wrongly(dtype):
-        return "Triton's interpreter computes bfloat16 wrongly"
+    why_not = obstacle_to_triton(device, dtype)
+    if why_not:
+        return why_not
     if operator == "masked_routing_attention":
         from fusiontrain_kernels.masked_routing_attention.configs import HEAD_DIMS
 

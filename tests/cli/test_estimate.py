@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ from fusiontrain.train.estimate.advice import advise
 from fusiontrain.train.estimate.estimator import Estimator, Target
 from fusiontrain.train.estimate.hardware import DEVICES, Device, Efficiency, step_time
 from fusiontrain.train.estimate.report import report
-from fusiontrain.train.estimate.traffic import ALL_REDUCE, REDUCE_SCATTER, Channel
+from fusiontrain.train.estimate.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Channel
 from fusiontrain.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -39,10 +42,13 @@ def small_gpu(memory_bytes: float) -> Device:
     return Device("toy", {"bfloat16": 1e12, "float32": 1e11}, memory_bytes, 1e12, 1e11, 1e10)
 
 
-def test_json_of_lmfusion_8b(capsys):
-    """Shapes and sizes of a model that no test machine could hold."""
-    assert main(["estimate", str(CONFIGS / "lmfusion_8b.yaml"), "--nodes", "2", "--no-advice", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+def test_json_of_lmfusion_8b():
+    """Shapes and sizes of a model that no test machine could hold, in a process without Triton's interpreter, as a user's is."""
+    command = [sys.executable, "-m", "fusiontrain", "estimate", str(CONFIGS / "lmfusion_8b.yaml"), "--nodes", "2", "--no-advice", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     llama = 128256 * 4096 * 2 + 4096 + 32 * (2 * 4096 + 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert found["parameters"]["text"] == {"trainable": 0, "frozen": llama}
     assert found["parameters"]["image"]["frozen"] == 0
@@ -144,6 +150,18 @@ def test_what_is_recomputed_is_not_kept():
     none, selective, half, full = found
     assert none.memory > selective.memory > full.memory and none.memory > half.memory > full.memory
     assert none.recomputed == selective.recomputed == 0 and full.recomputed == 2 * half.recomputed > 0
+
+
+def test_weights_may_be_sharded_anew_over_a_few_ranks():
+    """Then the second gathering of a block, for its backward, is among those."""
+    target = Target(8, DEVICES["h100"], 2)
+    traffic = {}
+    for policy in ("default", 2):
+        estimator = Estimator(lmfusion(**{"train.global_batch_sequences": 8, "parallel.reshard_after_forward": policy}), target)
+        traffic[policy] = {(c.collective, len(c.ranks)): n for c, n in estimator.predict(estimator.config).simulated.calls.items()}
+    assert set(traffic["default"]) == {(ALL_GATHER, 8), (REDUCE_SCATTER, 8), (ALL_REDUCE, 8)}
+    blocks = tiny_config().model.num_layers
+    assert traffic[2][ALL_GATHER, 2] == blocks and traffic["default"][ALL_GATHER, 8] == traffic[2][ALL_GATHER, 8] + blocks
 
 
 def test_a_frozen_prefix_saves_its_backward():

@@ -19,10 +19,11 @@ from fusiontrain.models.recipes.recipe import SHARED
 from fusiontrain.parallel.mesh import mesh_shape
 from fusiontrain.train.estimate.hardware import Device, Efficiency, StepTime, step_time
 from fusiontrain.train.estimate.layers import simulate_layers, with_shape
-from fusiontrain.train.estimate.model import kernels_of_a_gpu, shape_of, traceable, without_codec
+from fusiontrain.train.estimate.model import shape_of, traceable, without_codec
 from fusiontrain.train.estimate.simulate import AVERAGES, GRADIENTS, OPTIMIZER, OPTIMIZER_STATE, WEIGHTS, Simulated
 from fusiontrain.train.estimate.workload import describe, workload
 from fusiontrain.utils.errors import UserError
+from fusiontrain_kernels._launch import tracing_for_a_gpu
 
 OFFLOADED = (WEIGHTS, GRADIENTS, OPTIMIZER_STATE, AVERAGES)
 """What `parallel.cpu_offload` keeps in the host's memory."""
@@ -110,7 +111,7 @@ class Estimator:
         micro_batch, micro_batches = micro_batches_of(config, target.world_size)
         mesh_shape(parallel, target.world_size)
         batch = self.work.largest_batch(config, micro_batch)
-        with kernels_of_a_gpu(self.on_gpu):
+        with tracing_for_a_gpu():
             simulated = simulate_layers(config, self.shape, batch, micro_batches, target.world_size)
         flops = sum(self.flops.values()) / target.world_size
         recomputed = self._recomputed / target.world_size if parallel.activation_checkpointing == "full" else 0.0
@@ -123,7 +124,7 @@ class Estimator:
 
     def _declare(self, config: Config) -> FusionModel:
         """The whole model, of fake tensors."""
-        with kernels_of_a_gpu(self.on_gpu), FakeTensorMode():
+        with tracing_for_a_gpu(), FakeTensorMode():
             return build_model(with_shape(config, self.shape, self.shape.num_layers))
 
 

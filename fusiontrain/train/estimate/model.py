@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from fusiontrain.config.schema import Config, ParallelConfig
@@ -89,18 +86,3 @@ def _notes_on_engine(parallel: ParallelConfig) -> list[str]:
             "more on every rank: set parallel.zero_stage=3 or parallel.engine=fsdp2 to see those"
         )
     return ["parallel.engine=deepspeed: the estimate is of FSDP2, which holds and moves what ZeRO 3 does but for DeepSpeed's own buffers"]
-
-
-@contextlib.contextmanager
-def kernels_of_a_gpu(on_gpu: bool) -> Iterator[None]:
-    """Lets Triton's operators be traced where there is no GPU. Nothing is launched, but kernels that are defined meanwhile are the interpreter's."""
-    before = os.environ.get("TRITON_INTERPRET")
-    if on_gpu:
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("TRITON_INTERPRET", None)
-        else:
-            os.environ["TRITON_INTERPRET"] = before

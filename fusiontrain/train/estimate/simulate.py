@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp._fully_shard import _fsdp_param, _fully_shard
 from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.schema import Config
@@ -56,7 +57,7 @@ class Simulated:
 
 def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) -> Simulated:
     """A step of `micro_batches` such batches on rank 0 of `world_size` ranks. The batch is real and on the CPU; nothing is computed with it."""
-    with fake_group(config, world_size), only_first_shards():
+    with fake_group(config, world_size), only_first_shards(), real_meshes():
         ranks = Ranks(0, world_size)
         mesh = build_mesh(config.parallel, ranks)
         tracker, counter = MemoryTracker[Moment](), TrafficCounter()
@@ -105,12 +106,21 @@ def only_first_shards() -> Iterator[None]:
     def first(tensor: torch.Tensor, num_chunks: int, dim: int) -> list[torch.Tensor]:
         return [tensor.narrow(dim, 0, -(-tensor.shape[dim] // num_chunks))]
 
-    original = _fsdp_param._chunk_with_empty
-    _fsdp_param._chunk_with_empty = first
-    try:
+    with mock.patch.object(_fsdp_param, "_chunk_with_empty", first):
         yield
-    finally:
-        _fsdp_param._chunk_with_empty = original
+
+
+@contextlib.contextmanager
+def real_meshes() -> Iterator[None]:
+    """Lets FSDP make meshes of ranks, which are numbers and not fake, for weights that are sharded anew after the forward."""
+    make = _fully_shard._get_post_forward_mesh_info
+
+    def outside(*arguments: Any) -> Any:
+        with unset_fake_temporarily():
+            return make(*arguments)
+
+    with mock.patch.object(_fully_shard, "_get_post_forward_mesh_info", outside):
+        yield
 
 
 def _hook_phases(model: FusionModel, tracker: MemoryTracker[Moment], counter: TrafficCounter) -> None:
