@@ -20,6 +20,8 @@ _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a
 def explain(detail: Mapping[str, Any]) -> Problem:
     """One entry of `ValidationError.errors()` of a `Config` as a problem."""
     location = tuple(detail["loc"])
+    while len(location) > 1 and detail["type"] not in ("extra_forbidden", "missing") and _field_at(location) is None:
+        location = location[:-1]  # behind the key pydantic names which alternative of its type it tried
     key = ".".join(str(part) for part in location)
     kind = detail["type"]
     if kind == "extra_forbidden":
@@ -32,7 +34,8 @@ def explain(detail: Mapping[str, Any]) -> Problem:
     near = ""
     if kind == "literal_error" and field and isinstance(detail["input"], str):
         near = _did_you_mean(detail["input"], [str(choice) for choice in _choices(field.annotation)])
-    return Problem(key, f"given {given(detail['input'])}, expected {expected}{near}")
+    finite = " that is finite" if kind == "finite_number" else ""
+    return Problem(key, f"given {given(detail['input'])}, expected {expected}{finite}{near}")
 
 
 def describe(field: FieldInfo) -> str:
@@ -136,6 +139,7 @@ def _field_at(location: tuple[Any, ...]) -> FieldInfo | None:
     *parents, last = location
     if isinstance(last, int):
         field = _field_at(tuple(parents))
-        return FieldInfo(annotation=get_args(field.annotation)[0]) if field else None
+        entries = get_args(field.annotation) if field else ()
+        return FieldInfo(annotation=entries[last] if Ellipsis not in entries and last < len(entries) else entries[0]) if entries else None
     section = _model_at(tuple(parents))
     return section.model_fields.get(str(last)) if section else None

@@ -100,7 +100,8 @@ def _check(values: Any) -> tuple[Config | None, list[Problem]]:
         details = error.errors(include_url=False)
         wrong_inside = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
         # Pydantic does not count wrong entries of a list, and then also calls the list too short.
-        return None, [explain(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in wrong_inside]
+        problems = [explain(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in wrong_inside]
+    return None, list({problem.key: problem for problem in problems[::-1]}.values())[::-1]  # each alternative of a type had its say; the first is kept
 
 
 def _origin(path: str | Path, key: str, override_keys: list[str]) -> str:

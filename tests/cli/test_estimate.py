@@ -222,6 +222,9 @@ def test_step_time_by_hand():
     assert near.exposed == pytest.approx(1.5) and near.optimizer == pytest.approx(1.0)
     far = step_time(device, efficiency, parallel, 1e12, {channel: 1e11}, 5e11, gpus_per_node=2)
     assert far.communication == pytest.approx(30.0) and far.exposed == pytest.approx(28.0)
+    gathered, offloaded = Channel(ALL_GATHER, (0, 1, 2, 3)), parallel.model_copy(update={"cpu_offload": True})
+    copied = step_time(device, efficiency, offloaded, 1e12, {gathered: 4.8e10, channel: 1e11}, 0, gpus_per_node=4)
+    assert copied.communication == pytest.approx(near.communication + 4.8e10 * 3 / 4 / 0.5e11 + 4.8e10 / 4 / 12e9), "shards come from the host"
     assert step_time(DEVICES["cpu"], efficiency, parallel, 1e12, {}, 0, 8) is None
 
 

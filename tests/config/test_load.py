@@ -108,6 +108,15 @@ train: {stepz: 4, learning_rate: 3, global_batch_sequences: 2.5}
         ("data.sources.5.weight=1", "command line: 'data.sources.5.weight=1' cannot be applied: the list has no such entry"),
         ("data.sources.0.wight=1", "command line: data.sources.0.wight: unknown key; did you mean data.sources.0.weight?"),
         ("demo.dri=x", "command line: demo.dri: unknown key; did you mean demo.dir?"),
+        (
+            "parallel.reshard_after_forward=nevr",
+            "command line: parallel.reshard_after_forward: given the text 'nevr', expected one of default, always, never or a whole number; "
+            "did you mean never?",
+        ),
+        (
+            "data.sources=[{path: d, weight_schedule: [[5, .inf]]}]",
+            "command line: data.sources.0.weight_schedule.0.1: given inf, expected a number that is finite",
+        ),
         ("train.steps", "command line: 'train.steps' is not an override; write it as section.key=value"),
         ("run.dir=${nothing.here}", "command line: run.dir: Interpolation key 'nothing.here' not found"),
         ("run.dir=[", "command line: 'run.dir=[' cannot be applied"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fusiontrain.config.schema import ParallelConfig
-from fusiontrain.train.estimate.traffic import Channel, wire_bytes
+from fusiontrain.train.estimate.traffic import ALL_REDUCE, Channel, wire_bytes
 
 GB, TERA = 1e9, 1e12
 
@@ -87,6 +87,8 @@ def step_time(
         wire_bytes(channel, size) / (efficiency.links * (device.inter_node if spans_nodes(channel, gpus_per_node) else device.intra_node))
         for channel, size in traffic.items()
     )
+    if parallel.cpu_offload:  # a rank's own shards come from the host for every gathering, and its gradients go there
+        communication += sum(size / len(channel.ranks) for channel, size in traffic.items() if channel.collective != ALL_REDUCE) / HOST_BANDWIDTH
     exposed = communication - min(communication * efficiency.overlap, compute)
     return StepTime(compute, communication, exposed, 2 * state_bytes / (HOST_BANDWIDTH if parallel.cpu_offload else device.memory_bandwidth))
 

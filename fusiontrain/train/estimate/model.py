@@ -85,4 +85,7 @@ def _notes_on_engine(parallel: ParallelConfig) -> list[str]:
             f"parallel.zero_stage={parallel.zero_stage}: FSDP2 is estimated, and ZeRO 3, which holds the same; this stage keeps "
             "more on every rank: set parallel.zero_stage=3 or parallel.engine=fsdp2 to see those"
         )
-    return ["parallel.engine=deepspeed: the estimate is of FSDP2, which holds and moves what ZeRO 3 does but for DeepSpeed's own buffers"]
+    return [
+        "parallel.engine=deepspeed: the estimate is of FSDP2, which holds and moves what ZeRO 3 does but for DeepSpeed's own buffers; with several "
+        "micro-batches ZeRO 3 reduces gradients with each of them, and so holds shards of them alone"
+    ]

@@ -109,5 +109,5 @@ def assumptions(estimator: Estimator) -> list[str]:
     )
     found.append(f"{efficiency.reserve:.0%} of the memory is left to the CUDA context, NCCL and fragments; the micro-batch has the most image tokens seen")
     if estimator.config.parallel.cpu_offload:
-        found.append(f"an offloaded update moves {HOST_BANDWIDTH / 1e9:.0f} GB/s per GPU")
+        found.append(f"offloaded shards and updates move {HOST_BANDWIDTH / 1e9:.0f} GB/s per GPU")
     return found
