@@ -65,14 +65,3 @@ def _flops_per_row(model: FusionModel, modality: int, trains: bool) -> int:
             weight = module[module.groups[modality]].weight
             total += 2 * weight.numel() * (1 + trains + weight.requires_grad)
     return total
-
-
-def num_parameters(model: FusionModel) -> dict[str, int]:
-    """Parameters in all, trainable ones, and those that image tokens alone use."""
-    sizes = [(name, parameter.numel(), parameter.requires_grad) for name, parameter in model.named_parameters()]
-    image = {name for name, _, _ in sizes if name.startswith("image.") or f".{IMAGE.name}." in name}
-    return {
-        "total": sum(size for _, size, _ in sizes),
-        "trainable": sum(size for _, size, trains in sizes if trains),
-        IMAGE.name: sum(size for name, size, _ in sizes if name in image),
-    }

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontrain.models.build import build_model
-from fusiontrain.models.flops import allowed_pairs, count_flops, num_parameters
+from fusiontrain.models.flops import allowed_pairs, count_flops
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of, document
 from fusiontrain.testing.models import write_tiny_llama
@@ -67,11 +66,3 @@ def test_padding_costs_nothing_and_frozen_weights_cost_less(tmp_path):
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     assert count_flops(model, full_batch(config))["text"] > frozen["text"]
-
-
-def test_parameter_counts_split_by_use(tmp_path):
-    model = build_model(config_of("lmfusion", tmp_path))
-    counts = num_parameters(model)
-    assert counts["total"] == sum(p.numel() for p in model.parameters())
-    assert counts["trainable"] == counts["image"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert torch.tensor(counts["total"]) > counts["image"]
