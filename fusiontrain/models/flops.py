@@ -12,6 +12,7 @@ import torch
 
 from fusiontrain.modality import IMAGE, MODALITIES, TEXT
 from fusiontrain.models.fusion import FusionModel
+from fusiontrain.models.layers.size import num_products
 from fusiontrain.models.layers.untied import UntiedLinear
 from fusiontrain.types import PADDING_DOC_ID, Batch
 
@@ -20,12 +21,12 @@ def count_flops(model: FusionModel, batch: Batch) -> dict[str, int]:
     """FLOPs of one forward and backward over `batch` (on the CPU), by modality of the rows, and `attention` for the softmax part."""
     trains = any(parameter.requires_grad for parameter in model.parameters())
     flops = {modality.name: batch.token_counts[modality.name] * _flops_per_row(model, modality.id, trains) for modality in MODALITIES}
-    head = model.text.head_weight
-    flops[TEXT.name] += 2 * batch.target_counts.get(TEXT.name, 0) * head.numel() * (1 + trains + head.requires_grad)
+    head = model.shape.vocab_size * model.shape.dim
+    flops[TEXT.name] += 2 * batch.target_counts.get(TEXT.name, 0) * head * (1 + trains + model.text.head_weight.requires_grad)
     prefix = model.num_forward_only(batch)
     if prefix and trains:  # text weights are frozen, so all its backward is gradients of inputs: one product each
         tokens = int((batch.doc_ids[:prefix] != PADDING_DOC_ID).sum())
-        flops[TEXT.name] -= tokens * _flops_per_row(model, TEXT.id, False) + 2 * batch.num_prefix_labels * head.numel()
+        flops[TEXT.name] -= tokens * _flops_per_row(model, TEXT.id, False) + 2 * batch.num_prefix_labels * head
     if model.image is not None:
         for grid in batch.payloads[IMAGE.name].grids:
             first, others = model.image.macs_per_image(grid)
@@ -45,7 +46,7 @@ def recomputed_flops(model: FusionModel, batch: Batch, every: int = 1) -> int:
     linears = [module for block in blocks for module in block.modules() if isinstance(module, UntiedLinear)]
     prefix = model.num_forward_only(batch)
     live = batch.token_counts | {TEXT.name: batch.token_counts[TEXT.name] - int((batch.doc_ids[:prefix] != PADDING_DOC_ID).sum())}
-    products = sum(live[m.name] * sum(linear[linear.groups[m.id]].weight.numel() for linear in linears) for m in MODALITIES)
+    products = sum(live[m.name] * sum(num_products(linear[linear.groups[m.id]]) for linear in linears) for m in MODALITIES)
     scores = allowed_pairs(batch, prefix) * model.shape.num_heads * model.shape.head_dim * len(blocks)
     return 2 * (products + 2 * scores)
 
@@ -62,6 +63,6 @@ def _flops_per_row(model: FusionModel, modality: int, trains: bool) -> int:
     total = 0
     for module in model.blocks.modules():
         if isinstance(module, UntiedLinear):
-            weight = module[module.groups[modality]].weight
-            total += 2 * weight.numel() * (1 + trains + weight.requires_grad)
+            linear = module[module.groups[modality]]
+            total += 2 * num_products(linear) * (1 + trains + linear.weight.requires_grad)
     return total

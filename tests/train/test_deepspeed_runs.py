@@ -59,7 +59,7 @@ def config_of(folder: Path, name: str, way: Way, overrides: Mapping[str, Any] | 
 
 
 def losses(config: Config) -> list[tuple[float, ...]]:
-    keys = ("loss", "grad_norm", "validation/text", "validation/image")
+    keys = ("loss", "grad_norm", "flops", "validation/text", "validation/image")
     return [tuple(line[key] for key in keys if key in line) for line in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusiontrain.models.layers.size import num_products
 from fusiontrain.models.modalities.patches import Grid
 
 TIMESTEP_FEATURES = 256
@@ -85,5 +86,5 @@ class LinearPatcher(nn.Module):
     def macs_per_image(self, grid: Grid) -> tuple[int, int]:
         """Multiply-adds of one forward over one image: of layers whose input needs no gradient, and of all others."""
         patches = grid[0] * grid[1]
-        first = patches * self.input.weight.numel() + self.timestep.up.weight.numel()
-        return first, patches * self.output.weight.numel() + self.timestep.out.weight.numel()
+        first = patches * num_products(self.input) + num_products(self.timestep.up)
+        return first, patches * num_products(self.output) + num_products(self.timestep.out)

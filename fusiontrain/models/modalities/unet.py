@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fusiontrain.models.layers.size import num_products
 from fusiontrain.models.modalities.image import GridEmbedding, TimestepEmbedding
 from fusiontrain.models.modalities.patches import Grid, patch_side, patchify, runs_of_equal_grids, unpatchify
 
@@ -114,10 +115,10 @@ class UNetPatcher(nn.Module):
         per_pixel = [self.output, *(conv for block in blocks for conv in (block.conv_in, block.conv_out, block.skip))]
         per_patch = [self.to_tokens, self.input, self.from_tokens, self.to_maps]
         per_image = [self.timestep.out, *(block.scale_shift for block in blocks)]
-        first = pixels * self.stem.weight.numel() + self.timestep.up.weight.numel()
+        first = pixels * num_products(self.stem) + num_products(self.timestep.up)
         counts = ((pixels, per_pixel), (patches, per_patch), (1, per_image))
         return first, sum(count * _weight_sizes(layers) for count, layers in counts)
 
 
 def _weight_sizes(layers: list[nn.Module]) -> int:
-    return sum(layer.weight.numel() for layer in layers if not isinstance(layer, nn.Identity))
+    return sum(num_products(layer) for layer in layers if not isinstance(layer, nn.Identity))

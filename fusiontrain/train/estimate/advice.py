@@ -64,7 +64,7 @@ def _smaller(estimator: Estimator, prediction: Prediction) -> Iterator[dict[str,
         yield {"parallel.dp_replicate": 1, "parallel.dp_shard": -1}
     if not parallel.cpu_offload:
         yield {"parallel.cpu_offload": True}
-    if prediction.micro_batch > 1:
+    if prediction.micro_batch % 2 == 0:
         yield {"train.micro_batch_sequences": prediction.micro_batch // 2}
     if prediction.micro_batches > 1:  # accumulated gradients are whole ones
         yield {"train.micro_batch_sequences": prediction.micro_batch * prediction.micro_batches}
@@ -80,7 +80,8 @@ def _faster(estimator: Estimator, prediction: Prediction) -> Iterator[dict[str, 
     if parallel.frozen == "shard" and total(estimator.parameters, "frozen"):
         yield {"parallel.frozen": "replicate"}
     if shard > target.gpus_per_node and target.world_size % target.gpus_per_node == 0:
-        yield {"parallel.dp_replicate": target.world_size // target.gpus_per_node, "parallel.dp_shard": target.gpus_per_node}
+        mesh = {"parallel.dp_replicate": target.world_size // target.gpus_per_node, "parallel.dp_shard": target.gpus_per_node}
+        yield mesh | ({"parallel.reshard_after_forward": "default"} if isinstance(parallel.reshard_after_forward, int) else {})
 
 
 def _together(predict: Any, singles: list[Alternative]) -> list[Alternative]:
