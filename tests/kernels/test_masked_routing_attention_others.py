@@ -69,6 +69,12 @@ def test_flex_says_that_it_has_no_backward_here() -> None:
         flex_attention(inputs(len(batch), 2, 1, 8)[:3], batch)
 
 
+def test_flex_needs_an_interval() -> None:
+    q, none = torch.zeros(3, 1, 8), torch.zeros(3, 0, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="impl='flex': key_ranges: must have at least one interval"):
+        masked_routing_attention(q, q, q, none, none, impl="flex")
+
+
 def test_a_block_mask_does_not_keep_its_ranges_alive() -> None:
     kept = Kept(flex.make_block_mask)
     ranges = LAYOUTS["ragged"].key_ranges.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 from fusiontrain.testing.kernels import guarded_outputs
 from fusiontrain_kernels._launch import interpreting
 from fusiontrain_kernels.choices import obstacle
+from fusiontrain_kernels.qk_norm_rope import qk_norm_rope
 from fusiontrain_kernels.rms_norm import add_rms_norm, rms_norm
 from fusiontrain_kernels.rms_norm import triton_ops as norm_ops
 from fusiontrain_kernels.rope import rope
@@ -116,6 +118,37 @@ def test_tensors_that_a_kernel_would_read_beside_are_refused() -> None:
         add_rms_norm(x, x.float(), [gain], (0, 6), EPS, impl="triton")
     with pytest.raises(ValueError, match="swiglu: up: must be"):
         swiglu(x, x[:, :7], impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("operator", "call"),
+    [
+        ("rms_norm", lambda x, impl: rms_norm(x, [x[0]], (0, 5), EPS, impl=impl)),
+        ("add_rms_norm", lambda x, impl: add_rms_norm(x, x, [x[0]], (0, 5), EPS, impl=impl)),
+        ("qk_norm_rope", lambda x, impl: qk_norm_rope(x[:, None], x[:, None], [x[0]], [x[0]], x, x, (0, 5), EPS, impl=impl)),
+        ("rope", lambda x, impl: rope(x[:, None], x, x, impl=impl)),
+        ("swiglu", lambda x, impl: swiglu(x, x, impl=impl)),
+    ],
+)
+def test_an_error_names_the_operator_that_was_called(operator: str, call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where triton cannot run, and for bounds of five rows where there are four."""
+    x = normal(4, 8, seed=1)
+    if "norm" in operator:
+        for impl in ("reference", "triton"):
+            with pytest.raises(ValueError, match=f"^{operator}: bounds="):
+                call(x, impl)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"^{operator}: impl='triton': x is on cpu"):
+        call(x[[0, 1, 2, 3, 0]], "triton")
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 8)], ids=str)
+def test_a_norm_takes_a_matrix(shape: tuple[int, ...]) -> None:
+    x, gain = normal(*shape, seed=1), normal(8, seed=2)
+    with pytest.raises(ValueError, match=rf"^rms_norm: x: must be \[T, D\], not {re.escape(str(list(shape)))}"):
+        rms_norm(x, [gain], (0, 2), EPS, impl="triton")
+    with pytest.raises(ValueError, match=r"^add_rms_norm: x: must be \[T, D\]"):
+        add_rms_norm(x, x, [gain], (0, 2), EPS, impl="triton")
 
 
 def test_weights_of_a_norm_may_be_columns_of_a_table() -> None:

@@ -18,7 +18,9 @@ _BLOCK = 128
 
 def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See the package. The block mask is made once per `key_ranges` tensor, under torch.compile in every call. Raises ValueError for a gradient
-    on the CPU."""
+    on the CPU, and for no intervals at all."""
+    if given.key_ranges.shape[1] == 0:
+        raise ValueError("masked_routing_attention: impl='flex': key_ranges: must have at least one interval a query, not [T, 0, 2]")
     from torch.nn.attention.flex_attention import AuxRequest
 
     q, k, v = given.held()

@@ -48,7 +48,8 @@ def qk_norm_rope(
     if offsets is None and turn is _triton and (q_weights or k_weights):
         check_bounds("qk_norm_rope", bounds, len(q_weights or k_weights or ()), len(q))
         offsets = device_offsets(bounds, None, len(bounds) - 1, q, "qk_norm_rope")
-    return turn(q, q_weights, cos, sin, bounds, eps, offsets), turn(k, k_weights, cos, sin, bounds, eps, offsets)
+    rest = (cos, sin, bounds, eps, offsets)
+    return turn("qk_norm_rope", q, q_weights, *rest), turn("qk_norm_rope", k, k_weights, *rest)
 
 
 def check_heads(operator: str, name: str, x: torch.Tensor) -> None:
@@ -58,19 +59,26 @@ def check_heads(operator: str, name: str, x: torch.Tensor) -> None:
 
 
 def _triton(
-    x: torch.Tensor, weights: Weights | None, cos: torch.Tensor, sin: torch.Tensor, bounds: Bounds, eps: float, offsets: torch.Tensor | None
+    operator: str,
+    x: torch.Tensor,
+    weights: Weights | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    bounds: Bounds,
+    eps: float,
+    offsets: torch.Tensor | None,
 ) -> torch.Tensor:
-    require_triton("qk_norm_rope", x)
+    require_triton(operator, x)
     from fusiontrain_kernels.qk_norm_rope import triton_ops
 
     num_rows, _, dim = x.shape
     for name, angles in [("cos", cos), ("sin", sin)]:
-        check_like("qk_norm_rope", name, angles, (num_rows, dim), x)
+        check_like(operator, name, angles, (num_rows, dim), x)
     if not weights:
         return triton_ops.norm_rope(x, [], cos, sin, None, eps)
-    check_weights("qk_norm_rope", "weights", weights, (dim,), x)
-    return triton_ops.norm_rope(x, list(weights), cos, sin, device_offsets(bounds, offsets, len(weights), x, "qk_norm_rope"), eps)
+    check_weights(operator, "weights", weights, (dim,), x)
+    return triton_ops.norm_rope(x, list(weights), cos, sin, device_offsets(bounds, offsets, len(weights), x, operator), eps)
 
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., torch.Tensor]] = {"reference": reference.norm_rope, "triton": _triton}
-"""Of one tensor: (x, weights, cos, sin, bounds, eps, offsets) -> turned x."""
+"""Of one tensor: (name for errors, x, weights, cos, sin, bounds, eps, offsets) -> turned x."""

@@ -11,11 +11,12 @@ from fusiontrain_kernels._launch import auto_triton, device_offsets, require_tri
 from fusiontrain_kernels._segments import check_bounds, check_like, check_weights
 from fusiontrain_kernels.rms_norm import reference
 
+Weights = Sequence[torch.Tensor]
 Bounds = tuple[int, ...]
 
 
 def rms_norm(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], bounds: Bounds, eps: float, *, offsets: torch.Tensor | None = None, impl: str = "auto"
+    x: torch.Tensor, weights: Weights, bounds: Bounds, eps: float, *, offsets: torch.Tensor | None = None, impl: str = "auto"
 ) -> torch.Tensor:
     """`out[r] = weights[m] * x[r] / sqrt(mean(x[r]^2) + eps)` where row r lies in `bounds[m] <= r < bounds[m + 1]`.
 
@@ -23,15 +24,17 @@ def rms_norm(
     float32 at least, and the normed row is rounded to x's dtype before the weight, as Hugging Face's LlamaRMSNorm does.
     offsets [M + 1] int32 on x's device: the same numbers; with them triton, and reference under torch.compile, read no bounds. A modality
     without rows gets a zero gradient, not None. impl: auto (triton on a GPU, else reference), reference, triton.
-    Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and (triton) weights not of x's dtype and width.
+    Raises ValueError for an unknown impl, one that cannot run here, bounds that do not fit, and (triton) an x that is not [T, D],
+    and weights not of its dtype and width.
     """
-    return choose("rms_norm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, None, weights, bounds, eps, offsets)[0]
+    norm = choose("rms_norm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))
+    return norm("rms_norm", x, None, weights, bounds, eps, offsets)[0]
 
 
 def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Weights,
     bounds: Bounds,
     eps: float,
     *,
@@ -39,28 +42,31 @@ def add_rms_norm(
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(rms_norm(x + residual), x + residual)` in one pass; both [T, D]. The rest is as for `rms_norm`."""
-    return choose("add_rms_norm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))(x, residual, weights, bounds, eps, offsets)
+    norm = choose("add_rms_norm", _IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))
+    return norm("add_rms_norm", x, residual, weights, bounds, eps, offsets)
 
 
 def _reference(
-    x: torch.Tensor, residual: torch.Tensor | None, weights: Sequence[torch.Tensor], bounds: Bounds, eps: float, offsets: torch.Tensor | None
+    operator: str, x: torch.Tensor, residual: torch.Tensor | None, weights: Weights, bounds: Bounds, eps: float, offsets: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     summed = x if residual is None else x + residual
-    return reference.rms_norm(summed, weights, bounds, eps, offsets), summed
+    return reference.rms_norm(operator, summed, weights, bounds, eps, offsets), summed
 
 
 def _triton(
-    x: torch.Tensor, residual: torch.Tensor | None, weights: Sequence[torch.Tensor], bounds: Bounds, eps: float, offsets: torch.Tensor | None
+    operator: str, x: torch.Tensor, residual: torch.Tensor | None, weights: Weights, bounds: Bounds, eps: float, offsets: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    require_triton("rms_norm", x)
+    require_triton(operator, x)
+    if x.dim() != 2:
+        raise ValueError(f"{operator}: x: must be [T, D], not {list(x.shape)}")
     from fusiontrain_kernels.rms_norm import triton_ops
 
-    check_weights("rms_norm", "weights", weights, (x.shape[1],), x)
+    check_weights(operator, "weights", weights, (x.shape[1],), x)
     if residual is not None:
-        check_like("add_rms_norm", "residual", residual, x.shape, x)
+        check_like(operator, "residual", residual, x.shape, x)
     if offsets is None:
-        check_bounds("rms_norm", bounds, len(weights), len(x))
-    out, summed, _ = triton_ops.rms_norm(x, residual, list(weights), device_offsets(bounds, offsets, len(weights), x, "rms_norm"), eps)
+        check_bounds(operator, bounds, len(weights), len(x))
+    out, summed, _ = triton_ops.rms_norm(x, residual, list(weights), device_offsets(bounds, offsets, len(weights), x, operator), eps)
     return out, summed
 
 

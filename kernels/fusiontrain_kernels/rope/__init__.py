@@ -18,4 +18,4 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "
     """
     turn = choose("rope", IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))
     check_heads("rope", "x", x)
-    return turn(x, None, cos, sin, (0, len(x)), 0.0, None)
+    return turn("rope", x, None, cos, sin, (0, len(x)), 0.0, None)
