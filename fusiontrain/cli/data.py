@@ -117,7 +117,7 @@ def _index(args: argparse.Namespace) -> dict[str, Any]:
     from fusiontrain.data.index.exclude import exclude, read_exclusions
 
     found = _indexed(args)
-    excluded = exclude(found.shards, read_exclusions(Path(args.exclude)) if args.exclude else {}, None if args.out is None else Path(args.out))
+    excluded = exclude(found.shards, found.indexes, read_exclusions(Path(args.exclude)) if args.exclude else {}, None if args.out is None else Path(args.out))
     rows = found.indexes.rows
     empty = [row.name for row in rows if not row.documents and not row.unusable]
     if len(empty) == len(rows):

@@ -57,6 +57,13 @@ def test_excluding_from_one_shard_leaves_what_was_excluded_from_another(tmp_path
     assert {f"s{shard}-{n:04d}" for shard in range(2) for n in range(4)} - keys_of(loader_of(source)) == {"s0-0002", "s1-0002"}
 
 
+def test_a_key_that_no_sample_has_is_refused(tmp_path, capsys):
+    source = write_shards(tmp_path / "shards", shards=1, samples=4)
+    assert main(["data", "index", source, "--exclude", exclusions(tmp_path, (f"{source}/shard-000.tar", "nosuch"))]) == 2
+    assert "shard-000.tar: no sample of it has the key 'nosuch'" in capsys.readouterr().err
+    assert len(loader_of(source).sources[0]) == 4
+
+
 def test_a_relative_shard_is_meant_from_the_current_folder(tmp_path, monkeypatch):
     """As in the bad_samples.jsonl of a run whose sources have relative paths."""
     source = write_shards(tmp_path / "shards", shards=1, samples=4)

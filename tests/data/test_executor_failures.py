@@ -21,7 +21,7 @@ from fusiontrain.data.index.exclude import exclude
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.testing.configs import tiny_config
-from fusiontrain.testing.shards import write_shards
+from fusiontrain.testing.shards import index_of, write_shards
 from fusiontrain.utils.errors import UserError
 
 TRAINER = """
@@ -175,7 +175,7 @@ def test_signals_that_stop_a_trainer_leave_workers_at_their_work(shards):
 def test_shards_that_workers_find_changed_are_refused(shards):
     loader = make_loader(shards)
     shard = Path(shards) / "shard-000.tar"
-    exclude([shard], {str(shard.resolve()): {"s0-0003"}}, index_dir=None)
+    exclude([shard], [index_of(shard)], {str(shard.resolve()): {"s0-0003"}}, index_dir=None)
     with contextlib.closing(loader), pytest.raises(UserError, match=r"^data\.sources: the shards, or what is excluded of them, have changed"):
         next(loader.iterate(0))
 

@@ -38,11 +38,17 @@ def read_exclusions(path: Path) -> dict[str, set[str]]:
     return found
 
 
-def exclude(shards: Sequence[Shard], exclusions: dict[str, set[str]], index_dir: Path | None) -> int:
-    """Add keys to what those shards have excluded; the number of samples that are excluded of them now. Raises UserError for other shards."""
+def exclude(shards: Sequence[Shard], indexes: Sequence[ShardIndex], exclusions: dict[str, set[str]], index_dir: Path | None) -> int:
+    """Add keys to what those shards have excluded; the number of samples that are excluded of them now. Raises UserError for other shards and for
+    keys that none of their samples has."""
     unknown = exclusions.keys() - {common_name(shard) for shard in shards}
     if unknown:
         raise UserError(f"{min(unknown)}: samples of it are to be excluded, but it is none of those given; name it too (a relative path is meant from here)")
+    for shard, index in zip(shards, indexes, strict=True):
+        wanted = exclusions.get(common_name(shard), set())
+        missing = wanted and wanted - {index.key(row) for row in range(len(index))} - {key for _, key, _ in index.bad}
+        if missing:
+            raise UserError(f"{shard}: no sample of it has the key {min(missing)!r}, which is to be excluded; keys are those of `fusiontrain data inspect`")
     total = 0
     for parent in {shard.parent for shard in shards}:
         before = excluded_keys(parent, index_dir)
