@@ -57,7 +57,8 @@ class RankPool:
         """`function(*args)` on `world_size` ranks, in a process group of them if `group` -> results in order of rank.
 
         function: of a module's top level; args and results: picklable. A rank finds RANK, WORLD_SIZE and so on in its environment.
-        Raises RankFailure for the first rank that failed. After `timeout_seconds` the ranks are killed, and the next run starts new ones.
+        Raises RankFailure for the first rank that failed. The ranks of a group that failed, or did not answer after
+        `timeout_seconds`, are killed, and the next run starts new ones.
         """
         self._start(world_size)
         self._runs += 1
@@ -68,6 +69,8 @@ class RankPool:
         answers = self._collect(world_size, timeout_seconds, function.__qualname__)
         failures = [(rank, answer) for rank, answer in enumerate(answers) if not answer[0]]
         if failures:
+            if group:  # what is left of connections that broke keeps later groups of the same processes from meeting
+                self._stop(patience=0)
             # The rank that broke first is the cause; the others only lost their peer.
             rank, (_, text, pickled, _) = min(failures, key=lambda failure: failure[1][3])
             raise RankFailure(f"{function.__qualname__}, rank {rank} of {world_size}:\n{text}") from _unpickled(pickled)
