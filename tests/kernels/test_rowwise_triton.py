@@ -138,7 +138,7 @@ def test_an_error_names_the_operator_that_was_called(operator: str, call: Callab
             with pytest.raises(ValueError, match=f"^{operator}: bounds="):
                 call(x, impl)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=f"^{operator}: impl='triton': x is on cpu"):
+    with pytest.raises(ValueError, match=f"^{operator}: impl='triton': Triton kernels run on a GPU, not on cpu"):
         call(x[[0, 1, 2, 3, 0]], "triton")
 
 
