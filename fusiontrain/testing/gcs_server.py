@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from fusiontrain.testing.local_server import Handler, serving
 
 PAGE = 2
 """Objects and folders in an answer, whatever is asked for, so that a listing takes several."""
@@ -41,25 +41,14 @@ def gcs_server() -> Iterator[GcsServer]:
     """Serves buckets on a free port of this machine until the end of the context."""
     server = GcsServer()
 
-    class Handler(_Handler):
+    class Bound(_Handler):
         about = server
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    server.url = f"http://127.0.0.1:{http.server_address[1]}"
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with serving(Bound) as server.url:
         yield server
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+class _Handler(Handler):
     about: GcsServer
 
     def do_GET(self) -> None:
@@ -107,9 +96,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", content_range)
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 def _resource(bucket: str, name: str, generation: int, data: bytes) -> dict[str, str]:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from fusiontrain.testing.local_server import Handler, serving
 
 RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
@@ -42,25 +43,14 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
     """Serves `folder` on a free port of this machine until the end of the context."""
     server = RangeServer(folder)
 
-    class Handler(_Handler):
+    class Bound(_Handler):
         about = server
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    server.url = f"http://127.0.0.1:{http.server_address[1]}"
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with serving(Bound) as server.url:
         yield server
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its header
+class _Handler(Handler):
     about: RangeServer
 
     def do_GET(self) -> None:
@@ -117,6 +107,3 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             time.sleep(0.02)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
