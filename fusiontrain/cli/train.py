@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontrain.cli.common import add_config_arguments, add_json_argument, note, print_json
+from fusiontrain.modality import MODALITY_NAMES
 
 
 def add_parser(subparsers: Any) -> None:
@@ -174,7 +175,7 @@ class Eta:
 
 def describe_step(values: Mapping[str, Any]) -> str:
     """The numbers of a step that a person follows."""
-    losses = " ".join(f"{name} {values[f'loss/{name}']:.4f}" for name in ("text", "image") if values.get(f"targets/{name}"))
+    losses = " ".join(f"{name} {values[f'loss/{name}']:.4f}" for name in MODALITY_NAMES if values.get(f"targets/{name}"))
     pace = f"{values['tokens_per_second']:,.0f} tok/s"
     return f"loss {values['loss']:.4f} {losses} norm {values['grad_norm']:.3f} lr {values['lr']:.2e} {pace}"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from fusiontrain.modality import IMAGE, MODALITIES, TEXT
+from fusiontrain.modality import IMAGE, TEXT, table_of
 from fusiontrain.models.fusion import FusionModel
 from fusiontrain.models.layers.size import num_products
 from fusiontrain.models.layers.untied import UntiedLinear
@@ -20,9 +20,10 @@ from fusiontrain.types import PADDING_DOC_ID, Batch
 def count_flops(model: FusionModel, batch: Batch) -> dict[str, int]:
     """FLOPs of one forward and backward over `batch` (on the CPU), by modality of the rows, and `attention` for the softmax part."""
     trains = any(parameter.requires_grad for parameter in model.parameters())
-    flops = {modality.name: batch.token_counts[modality.name] * _flops_per_row(model, modality.id, trains) for modality in MODALITIES}
+    flops = {modality.name: batch.token_counts[modality.name] * _flops_per_row(model, modality.id, trains) for modality in table_of(batch.token_counts)}
     head = model.shape.vocab_size * model.shape.dim
-    flops[TEXT.name] += 2 * batch.target_counts.get(TEXT.name, 0) * head * (1 + trains + model.text.head_weight.requires_grad)
+    for name in batch.discrete:
+        flops[name] += 2 * batch.target_counts[name] * head * (1 + trains + model.text.head_weight.requires_grad)
     prefix = model.num_forward_only(batch)
     if prefix and trains:  # text weights are frozen, so all its backward is gradients of inputs: one product each
         tokens = int((batch.doc_ids[:prefix] != PADDING_DOC_ID).sum())
@@ -46,7 +47,7 @@ def recomputed_flops(model: FusionModel, batch: Batch, every: int = 1) -> int:
     linears = [module for block in blocks for module in block.modules() if isinstance(module, UntiedLinear)]
     prefix = model.num_forward_only(batch)
     live = batch.token_counts | {TEXT.name: batch.token_counts[TEXT.name] - int((batch.doc_ids[:prefix] != PADDING_DOC_ID).sum())}
-    products = sum(live[m.name] * sum(num_products(linear[linear.groups[m.id]]) for linear in linears) for m in MODALITIES)
+    products = sum(live[m.name] * sum(num_products(linear[linear.groups[m.id]]) for linear in linears) for m in table_of(live))
     scores = allowed_pairs(batch, prefix) * model.shape.num_heads * model.shape.head_dim * len(blocks)
     return 2 * (products + 2 * scores)
 

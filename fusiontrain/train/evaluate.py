@@ -17,7 +17,7 @@ from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.paint import paint
 from fusiontrain.generate.pictures import contact_sheet
-from fusiontrain.modality import MODALITY_NAMES
+from fusiontrain.modality import MODALITY_NAMES, table_of
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.reduce import sum_tensor
 from fusiontrain.train.step import global_counts
@@ -30,16 +30,21 @@ def validation_losses(model: nn.Module, loader: Loader, num_batches: int, device
     All ranks call this together. A loader of one rank and a loader of many give the same result up to rounding.
     """
     sums = torch.zeros(len(MODALITY_NAMES), dtype=torch.float64, device=device)
-    targets = dict.fromkeys(MODALITY_NAMES, 0)
+    targets, names = dict.fromkeys(MODALITY_NAMES, 0), set[str]()
+    was_training = model.training
+    model.eval()
     for micro_batches, _ in itertools.islice(loader.iterate(0), num_batches):
         counts = global_counts(micro_batches)
         targets = {name: targets[name] + counts.targets[name] for name in MODALITY_NAMES}
         for batch in micro_batches:
+            names |= batch.target_counts.keys()
             for name, term in model(batch.to(device)).items():
                 sums[MODALITY_NAMES.index(name)] += term.sum
+    model.train(was_training)
     free_gathered(model)
     totals = sum_tensor(sums).tolist()
-    return {name: total / targets[name] if targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)}
+    sums_of = dict(zip(MODALITY_NAMES, totals, strict=True))
+    return {m.name: sums_of[m.name] / targets[m.name] if targets[m.name] else math.nan for m in table_of(names)}
 
 
 def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config) -> Image.Image:

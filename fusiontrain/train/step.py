@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fusiontrain.config.schema import ObjectiveConfig
 from fusiontrain.modality import MODALITY_NAMES
 from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import set_gradient_sync
@@ -18,11 +19,20 @@ from fusiontrain.types import Batch, LossTerm
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Host numbers of one optimizer step over all ranks and micro-batches, by modality; flops are forward plus backward."""
+    """Host numbers of one optimizer step over all ranks and micro-batches, by modality; flops are forward plus backward. continuous: the
+    modalities whose targets are no tokens."""
 
     targets: dict[str, int]
     tokens: dict[str, int]
     flops: int = 0
+    continuous: frozenset[str] = frozenset()
+
+    @property
+    def divisors(self) -> dict[str, int]:
+        """What the loss of each modality is divided by: its targets; where those are tokens, the tokens to predict of all modalities, so that each
+        token weighs the same."""
+        discrete = sum(count for name, count in self.targets.items() if name not in self.continuous)
+        return {name: count if name in self.continuous else discrete for name, count in self.targets.items()}
 
 
 @dataclass(frozen=True)
@@ -55,19 +65,25 @@ def global_counts(micro_batches: Sequence[Batch], flops: int = 0) -> StepCounts:
         dict(zip(MODALITY_NAMES, summed[:middle], strict=True)),
         dict(zip(MODALITY_NAMES, summed[middle:], strict=True)),
         all_flops,
+        frozenset(micro_batches[0].payloads) if micro_batches else frozenset(),
     )
 
 
-def weighted_loss(terms: Mapping[str, LossTerm], weights: Mapping[str, float], targets: Mapping[str, int]) -> torch.Tensor:
+def objective_weights(config: ObjectiveConfig) -> dict[str, float]:
+    """By modality."""
+    return {name: getattr(config, f"{name}_weight") for name in MODALITY_NAMES}
+
+
+def weighted_loss(terms: Mapping[str, LossTerm], weights: Mapping[str, float], divisors: Mapping[str, int]) -> torch.Tensor:
     """Sum over objectives of weight * sum / global count (float32 scalar): this micro-batch's part of the step's loss."""
-    return torch.stack([weights[name] * term.sum / max(targets[name], 1) for name, term in terms.items()]).sum()
+    return torch.stack([weights[name] * term.sum / max(divisors[name], 1) for name, term in terms.items()]).sum()
 
 
 def accumulate_gradients(
     model: nn.Module,
     micro_batches: Sequence[Batch],
     weights: Mapping[str, float],
-    targets: Mapping[str, int],
+    divisors: Mapping[str, int],
     world_size: int,
     device: torch.device,
     zero: Zero | None = None,
@@ -82,7 +98,7 @@ def accumulate_gradients(
         last = index == len(micro_batches) - 1
         set_gradient_sync(model, last)
         terms = model(batch.to(device)) if zero is None else zero.forward(batch.to(device))
-        loss = weighted_loss(terms, weights, targets) * world_size
+        loss = weighted_loss(terms, weights, divisors) * world_size
         if zero is None:
             loss.backward()
         else:
@@ -111,12 +127,12 @@ def train_step(
     """
     if zero is not None:
         with zero.whole_root():
-            sums = accumulate_gradients(model, micro_batches, weights, counts.targets, world_size, device, zero)
+            sums = accumulate_gradients(model, micro_batches, weights, counts.divisors, world_size, device, zero)
         result = _result(sum_tensor(sums).tolist(), zero.step(), counts, weights)
         accept(result)
         return result
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    sums = accumulate_gradients(model, micro_batches, weights, counts.targets, world_size, device)
+    sums = accumulate_gradients(model, micro_batches, weights, counts.divisors, world_size, device)
     norm = torch.nn.utils.clip_grad_norm_(trainable, clip_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     *totals, grad_norm = torch.cat([sum_tensor(sums), norm.double().reshape(1).to(device)]).tolist()  # offloaded gradients have theirs on the CPU
@@ -131,5 +147,6 @@ def _result(totals: Sequence[float], grad_norm: float, counts: StepCounts, weigh
     losses = {
         name: total / counts.targets[name] if counts.targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)
     }
-    loss = sum(weights[name] * losses[name] for name in MODALITY_NAMES if counts.targets[name])
+    divisors = counts.divisors
+    loss = sum(weights[name] * (total / divisors[name]) for name, total in zip(MODALITY_NAMES, totals, strict=True) if counts.targets[name])
     return StepResult(loss, losses, grad_norm)

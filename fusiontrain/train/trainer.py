@@ -22,6 +22,7 @@ from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.modality import table_of
 from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import free_gathered
@@ -36,7 +37,7 @@ from fusiontrain.train.retention import Retention
 from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import StopRequest
 from fusiontrain.train.state import TrainState
-from fusiontrain.train.step import NOTHING_DONE, StepCounts, StepResult, global_counts, train_step
+from fusiontrain.train.step import NOTHING_DONE, StepCounts, StepResult, global_counts, objective_weights, train_step
 from fusiontrain.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class Trainer:
         flops = sum(sum(count_flops(self.model, batch).values()) for batch in micro_batches)
         counts = global_counts(micro_batches, flops)
         set_learning_rate(self.optimizer, rate)
-        weights = {"text": config.objective.text_weight, "image": config.objective.image_weight}
+        weights = objective_weights(config.objective)
         clip, world = config.optimizer.clip_norm, self.ranks.world_size
         verdicts: list[Verdict] = []
 
@@ -183,15 +184,16 @@ class Trainer:
         """The step's line in metrics.jsonl."""
         tokens, seconds = sum(counts.tokens.values()), totals.step_seconds
         peak = peak_flops(self.ranks.device, self.config.parallel.precision)
+        names = [modality.name for modality in table_of(self.config.data.modalities)]
         return {
             "step": self.state.step,
             "loss": result.loss,
-            **{f"loss/{name}": loss for name, loss in result.losses.items()},
+            **{f"loss/{name}": result.losses[name] for name in names},
             "grad_norm": result.grad_norm,
             "lr": rate,
             "tokens": tokens,
-            **{f"tokens/{name}": number for name, number in counts.tokens.items()},
-            **{f"targets/{name}": number for name, number in counts.targets.items()},
+            **{f"tokens/{name}": counts.tokens[name] for name in names},
+            **{f"targets/{name}": counts.targets[name] for name in names},
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_seconds": totals.data_seconds,
