@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontrain.cli import demo_stages as stages
 from fusiontrain.cli.common import add_json_argument, note, print_json
 from fusiontrain.cli.demo_report import TARGETS, write_pictures, write_report
 from fusiontrain.studies.child import find_config, read_metrics, train
@@ -20,9 +19,13 @@ from fusiontrain.utils.errors import UserError
 if TYPE_CHECKING:
     from fusiontrain.generate.score import Judged
     from fusiontrain.studies.ground import Ground
+    from fusiontrain.studies.text_drift import TextDrift
 
 MARKER = "fusiontrain-demo"
 """A file that says: this folder was made by the demo, which may empty it."""
+
+EDGE_STEPS = 20
+"""Losses "at the start" and "at the end" are means over this many steps."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,16 @@ class Demo:
         with self._stage("resume LMFusion"):
             self._train_fusion(half=False)
         with self._stage("compare text logits with the Llama's"):
-            identical, tokens = stages.text_logits_identical(self.fusion, self.ground.llama)
+            drift = self._text_drift()
         with self._stage("paint, caption and judge"):
             judged, samples = self._judge()
         rows = read_metrics(self.fusion)
         report = {
-            "text_logits_identical": identical,
+            "text_logits_identical": drift.identical,
             "resume_identical": same,
             **judged.summary,
             **{f"loss/{name}": _start_and_end(rows, f"loss/{name}") for name in ("text", "image")},
-            "tokens_per_second": stages.mean_of(rows, "tokens_per_second"),
+            "tokens_per_second": _mean_of(rows, "tokens_per_second"),
             "seconds": time.monotonic() - started,
             "samples": samples,
             "scores": judged.details,
@@ -115,7 +118,7 @@ class Demo:
             "steps": len(rows),
             "stopped_after_step": stop,
             "steps_compared": compared,
-            "text_tokens_compared": tokens,
+            "text_tokens_compared": drift.tokens,
             "validation": {key: value for key, value in rows[-1].items() if key.startswith("validation/")},
         }
         write_report(self.out, report)
@@ -171,7 +174,12 @@ class Demo:
         replay = self.out / "replay"
         config = find_config("quickstart.yaml")
         train(config, replay, self._fusion_overrides(), self.processes, self._progress, stop, resume=str(before[-1]))
-        return stages.same_steps(self.fusion, replay)
+        return _same_steps(self.fusion, replay)
+
+    def _text_drift(self) -> TextDrift:
+        from fusiontrain.studies.text_drift import text_drift
+
+        return text_drift(self.fusion, self.ground.llama)
 
     def _judge(self) -> tuple[Judged, list[dict[str, str]]]:
         from fusiontrain.generate.score import judge_model
@@ -205,5 +213,19 @@ class Demo:
 
 
 def _start_and_end(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float | None]:
-    edge = min(stages.EDGE_STEPS, max(1, len(rows) // 4))
-    return {"start": stages.mean_of(rows[:edge], key), "end": stages.mean_of(rows[-edge:], key)}
+    edge = min(EDGE_STEPS, max(1, len(rows) // 4))
+    return {"start": _mean_of(rows[:edge], key), "end": _mean_of(rows[-edge:], key)}
+
+
+def _mean_of(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Mean of the values of `key` that are numbers; None without one."""
+    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    return sum(values) / len(values) if values else None
+
+
+def _same_steps(original: Path, replay: Path) -> tuple[bool, int]:
+    """Whether every step that both runs recorded has bitwise equal losses and gradient norm, and how many such steps there are."""
+    keys = ("loss", "loss/text", "loss/image", "grad_norm", "lr", "tokens")
+    rows = {row["step"]: [row[key] for key in keys] for row in read_metrics(original)}
+    pairs = [(rows[row["step"]], [row[key] for key in keys]) for row in read_metrics(replay) if row["step"] in rows]
+    return bool(pairs) and all(before == after for before, after in pairs), len(pairs)
