@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from fusiontrain.cli.common import add_config_arguments, add_json_argument, note, print_json
 from fusiontrain.modality import MODALITY_NAMES
+from fusiontrain.utils.orphans import die_with_parent
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,12 +27,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when the run is done or stopped on request after a save, 1 when it diverged; UserError for bad input."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     from fusiontrain.cli.first_use import prepare
     from fusiontrain.config.load import load
     from fusiontrain.parallel.mesh import process_group, read_ranks
     from fusiontrain.train.build import check_config
     from fusiontrain.train.metrics import close_log, open_log
     from fusiontrain.train.run_lock import only_training_in
+    from fusiontrain.train.signals import stop_on_signals
     from fusiontrain.utils.errors import UserError
 
     ranks = read_ranks()
@@ -44,36 +49,38 @@ def run(args: argparse.Namespace) -> int:
         raise
     log = open_log(Path(config.run.dir), ranks.rank)
     try:
-        with process_group(ranks, config.parallel), only_training_in(Path(config.run.dir)):
-            return _train(config, ranks, args.json)
+        with stop_on_signals() as stop, process_group(ranks, config.parallel), only_training_in(Path(config.run.dir)):
+            return _train(config, ranks, stop, args.json)
     finally:
         close_log(log)
 
 
-def _train(config: Any, ranks: Any, as_json: bool) -> int:
+def _train(config: Any, ranks: Any, stop: Any, as_json: bool) -> int:
     from fusiontrain.train.build import build_trainer
-    from fusiontrain.train.signals import stop_on_signals
+    from fusiontrain.train.signals import BreakOff
     from fusiontrain.train.trainer import TrainingDiverged
 
     reporter = make_reporter(ranks.is_main)
-    with stop_on_signals() as stop:
-        try:
-            trainer = build_trainer(config, ranks, reporter, stop)
-        except BaseException:
-            reporter.finished()
-            raise
+    folder = Path(config.run.dir)
+    document: dict[str, Any] = {"run": str(folder), "step": None, "finished": False, "checkpoint": None}
+    try:
+        trainer = build_trainer(config, ranks, reporter, stop)
+    except BreakOff:
+        reporter.event("stopped before the first step: there is nothing to save")
+    else:
         try:
             finished = trainer.run()
         except TrainingDiverged as error:
             reporter.event(f"error: {error}")
             return 1
         finally:
-            reporter.finished()
             trainer.close()
-    if ranks.is_main and as_json:
-        folder = Path(config.run.dir)
         checkpoint = folder / "checkpoints" / f"step-{trainer.state.step:08d}"
-        print_json({"run": str(folder), "step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)})
+        document |= {"step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)}
+    finally:
+        reporter.finished()
+    if ranks.is_main and as_json:
+        print_json(document)
     return 0
 
 

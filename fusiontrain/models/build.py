@@ -9,10 +9,10 @@ import torch
 
 from fusiontrain.config.schema import Config, ModelConfig
 from fusiontrain.config.validate import uses_images
+from fusiontrain.models.base import base_shape, base_weights
 from fusiontrain.models.fusion import FusionModel, Patcher
 from fusiontrain.models.init import fill, random_weights
 from fusiontrain.models.kernels import choose_kernels
-from fusiontrain.models.llama_weights import llama_weights, read_llama_shape
 from fusiontrain.models.modalities.image import LinearPatcher
 from fusiontrain.models.modalities.unet import UNetPatcher
 from fusiontrain.models.modalities.vae import LatentCodec
@@ -53,11 +53,11 @@ def declare_model(config: Config, device: torch.device = CPU) -> FusionModel:
 def first_weights(config: Config, model: FusionModel) -> ReadRows:
     """What the parameters of `model`, which may be declared only, start from. Raises UserError for a base that does not fit."""
     drawn = random_weights(config.seed, model.shape.num_layers)
-    return llama_weights(model, config.model.base, drawn) if config.model.base else drawn
+    return base_weights(model, config.model, drawn) if config.model.base else drawn
 
 
 def _construct(config: Config, device: torch.device, parameters_on: torch.device) -> FusionModel:
-    shape = replace(read_llama_shape(config.model.base), dropout=config.model.dropout) if config.model.base else shape_from_config(config.model)
+    shape = replace(base_shape(config.model.base), dropout=config.model.dropout) if config.model.base else shape_from_config(config.model)
     kernels = choose_kernels(config.kernels, shape, device, getattr(torch, config.parallel.precision))
     recipe = RECIPES[config.model.recipe](config.model, config.data.modalities)
     image: Patcher | None = None

@@ -35,7 +35,7 @@ from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib,
 from fusiontrain.train.optim import set_learning_rate
 from fusiontrain.train.retention import Retention
 from fusiontrain.train.schedule import learning_rate
-from fusiontrain.train.signals import StopRequest
+from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.state import TrainState
 from fusiontrain.train.step import NOTHING_DONE, StepCounts, StepResult, global_counts, objective_weights, train_step
 from fusiontrain.types import Batch
@@ -117,13 +117,14 @@ class Trainer:
             self.state = next_state(self.state, data_state.to_dict(), counts, verdict, history, skipped_before + totals.skipped_samples)
             if verdict.reason:
                 self._report_bad_step(verdict, result, micro_batches)
-            stopping = totals.stop_requested  # whoever asked may not wait long: then save, and neither evaluate nor paint
+            stopping = self.stop.agreed = totals.stop_requested  # whoever asked may not wait long: then save, and neither evaluate nor paint
             values = self._values(counts, result, totals, rate)
             if not stopping:
                 values |= self._evaluate()
             self._publish(values)
-            if not stopping:
+            if not self.stop.agreed:
                 self._paint()
+            stopping = self.stop.agreed  # perhaps in the middle of an evaluation
             if stopping or self._due(config.checkpoint.every_steps) or self._is_last():
                 self._save(values)
             self._require_progress()
@@ -229,8 +230,11 @@ class Trainer:
         """Validation losses if they are due after this step."""
         if self.validation_loader is None or not self._due_or_last(self.config.evaluate.every_steps):
             return {}
-        with self._whole_root():
-            losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device)
+        try:
+            with self._whole_root():
+                losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device, self.stop.check)
+        except BreakOff:
+            return {}
         words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
         self.reporter.event(f"step {self.state.step}: validation loss {words}")
         return {f"validation/{name}": loss for name, loss in losses.items()}
@@ -242,9 +246,13 @@ class Trainer:
             return
         if not self._due_or_last(config.sample.every_steps):
             return
-        with self._whole_root():
-            sheet = paint_prompts(self.model, self.tokenizer, config)
-        free_gathered(self.model)
+        try:
+            with self._whole_root():
+                sheet = paint_prompts(self.model, self.tokenizer, config, self.stop.check)
+        except BreakOff:
+            return
+        finally:
+            free_gathered(self.model)
         if self.writer is not None:
             path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
             self.reporter.event(f"step {self.state.step}: samples in {path}")
