@@ -30,8 +30,9 @@ from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_bytes, gather_floats
 from fusiontrain.train.bad_steps import PASSED_OVER, Action, Verdict, is_passed_over, judge, remember
 from fusiontrain.train.checkpoint import Tensors, save_checkpoint
+from fusiontrain.train.devices import peak_flops
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
-from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib, peak_flops
+from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib
 from fusiontrain.train.optim import set_learning_rate
 from fusiontrain.train.retention import Retention
 from fusiontrain.train.schedule import learning_rate
