@@ -87,7 +87,8 @@ class FusionModel(nn.Module):
         if self.image is not None and images is not None:
             num_text = batch.modality_bounds[IMAGE.id] - len(prefix)
             prediction = self.image.decode(hidden[num_text:], images.patcher_state)
-            terms[IMAGE.name] = self.image_objective.loss(prediction, images.payload, images.noise, images.levels)
+            term = self.image_objective.loss(prediction, images.payload, images.noise, images.levels)
+            terms[IMAGE.name] = _in_batch(term, batch.modality_bounds[IMAGE.id])
         return terms
 
     def _text_loss(self, prefix: torch.Tensor, hidden: torch.Tensor, batch: Batch) -> LossTerm:
@@ -98,10 +99,11 @@ class FusionModel(nn.Module):
         if not fixed_labels:
             return term
         fixed = self._next_token(prefix, batch, slice(0, num_prefix), fixed_labels)  # a number to log: no operand has a gradient
-        return LossTerm(term.sum + fixed.sum, term.count + fixed.count)
+        return _both(fixed, term)
 
     def _next_token(self, hidden: torch.Tensor, batch: Batch, rows: slice, num_labels: int) -> LossTerm:
-        return self.text_objective(hidden, self.text.head_weight, batch.labels[rows], batch.loss_weights[rows], num_labels)
+        term = self.text_objective(hidden, self.text.head_weight, batch.labels[rows], batch.loss_weights[rows], num_labels)
+        return _in_batch(term, rows.start)
 
     def text_logits(self, batch: Batch) -> torch.Tensor:
         """Logits of every text row, [text rows, V]."""
@@ -242,3 +244,14 @@ class FusionModel(nn.Module):
 
 def _rows(batch: Batch, modality: int) -> slice:
     return slice(batch.modality_bounds[modality], batch.modality_bounds[modality + 1])
+
+
+def _in_batch(term: LossTerm, first_row: int) -> LossTerm:
+    """A term whose rows count from `first_row` of the batch, with rows of the batch."""
+    return replace(term, rows=None if term.rows is None else term.rows + first_row)
+
+
+def _both(first: LossTerm, second: LossTerm) -> LossTerm:
+    """The sum of two terms over different rows."""
+    parts, rows = (None if a is None or b is None else torch.cat([a, b]) for a, b in ((first.parts, second.parts), (first.rows, second.rows)))
+    return LossTerm(second.sum + first.sum, second.count + first.count, parts, rows)
