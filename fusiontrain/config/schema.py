@@ -65,6 +65,7 @@ class SourceConfig(Section):
         ...,
         description="a .tar, .tar.gz, .tgz or .jsonl, a folder of them, a glob, a brace range such as shard-{000..015}.tar, a URL of these, or pipe:COMMAND",
     )
+    name: str | None = Field(None, pattern=r"^[\w.-]+$", description="what metrics call it; default: the end of its path")
     weight: float = Field(1.0, gt=0, description="share relative to the other sources, of documents or tokens as data.mix_by says")
     weight_schedule: tuple[tuple[int, float], ...] = Field(
         (), description="[[document, weight], ...]: the weight from that document of the mixed stream on; `data plan` shows where a step lies"
@@ -250,6 +251,12 @@ class KernelsConfig(Section):
     )
 
 
+class MetricsConfig(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="where the numbers of the run folder are shown too; wandb and mlflow are extras, set up by their environment variables"
+    )
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1)
@@ -289,6 +296,7 @@ class Config(Section):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
+    metrics: MetricsConfig = MetricsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sample: SampleConfig = SampleConfig()
