@@ -259,6 +259,10 @@ class MetricsConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
+    asynchronous: bool = Field(True, description="write in the background while training goes on; false: the loop waits for the disk")
+    frozen: Literal["reference", "copy"] = Field(
+        "reference", description="frozen weights of model.base: by path and hash; copy: stored too, so that nothing needs the base any more"
+    )
     keep_last: int = Field(3, ge=1)
     keep_every: int | None = Field(None, ge=1, description="also keep, for good, checkpoints whose step this divides")
     keep_best: str | None = Field(None, description="also keep the one with the lowest value of this key of metrics.jsonl, e.g. validation/image")

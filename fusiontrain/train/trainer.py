@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
@@ -29,12 +28,12 @@ from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_bytes, gather_floats
 from fusiontrain.train.bad_steps import PASSED_OVER, Action, Verdict, is_passed_over, judge, remember
-from fusiontrain.train.checkpoint import Tensors, save_checkpoint
+from fusiontrain.train.checkpoint import Tensors
 from fusiontrain.train.devices import peak_flops
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
 from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib
 from fusiontrain.train.optim import set_learning_rate
-from fusiontrain.train.retention import Retention
+from fusiontrain.train.saving import Saver, all_finite
 from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.state import TrainState
@@ -68,6 +67,8 @@ class StepTotals:
     """Numbers of one step that ranks measure for themselves. Times in seconds, memory in GiB: of the rank with the most."""
 
     stop_requested: bool
+    save_failed: bool
+    save_seconds: float
     skipped_samples: int
     memory_gib: float
     data_seconds: float
@@ -100,6 +101,7 @@ class Trainer:
     def __post_init__(self) -> None:
         # Indexing counts its bad samples again in every process; a resumed run has them in its state already.
         self._counted_before = self.loader.skipped if self.state.step else 0
+        self._saver = Saver(self.config, self.ranks, self.tensors, self.identity, self.optimizer, self.reporter.event)
 
     def run(self) -> bool:
         """Train to `train.steps`, or until any rank is asked to stop. Returns whether it got to the end; it has saved either way."""
@@ -123,16 +125,20 @@ class Trainer:
             if not stopping:
                 values |= self._evaluate()
             self._publish(values)
+            if totals.save_failed:
+                self._saver.wait()  # one rank knows that the save in the background failed: all raise that
             if not self.stop.agreed:
                 self._paint()
             stopping = self.stop.agreed  # perhaps in the middle of an evaluation
             if stopping or self._due(config.checkpoint.every_steps) or self._is_last():
                 self._save(values)
             self._require_progress()
+        self._saver.wait()
         return not stopping
 
     def close(self) -> None:
-        """Close the files of the run and its shards, and end the engine."""
+        """Let a save end that is under way, close the files of the run and its shards, and end the engine."""
+        self._saver.close()
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
@@ -178,9 +184,9 @@ class Trainer:
     def _gather_totals(self, data_seconds: float, step_seconds: float) -> StepTotals:
         """One small all-gather, which is also where all ranks agree to stop after the same step."""
         skipped = self.loader.skipped - self._counted_before
-        mine = (float(bool(self.stop)), skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
-        stops, all_skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
-        return StepTotals(any(stops), int(sum(all_skipped)), max(memory), max(waits), max(seconds))
+        mine = (float(bool(self.stop)), *self._saver.look(), skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
+        stops, failed, stalls, all_skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
+        return StepTotals(any(stops), any(failed), max(stalls), int(sum(all_skipped)), max(memory), max(waits), max(seconds))
 
     def _values(self, counts: StepCounts, result: StepResult, totals: StepTotals, rate: float) -> dict[str, Any]:
         """The step's line in metrics.jsonl."""
@@ -199,6 +205,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_seconds": totals.data_seconds,
+            "save_seconds": totals.save_seconds,
             "flops": counts.flops,
             "mfu": counts.flops / seconds / (peak * self.ranks.world_size) if peak else None,
             "memory_gib": totals.memory_gib,
@@ -262,22 +269,12 @@ class Trainer:
         return contextlib.nullcontext() if self.zero is None else self.zero.whole_root()
 
     def _save(self, values: Mapping[str, Any]) -> None:
-        self._require_finite_weights()
-        folder = Path(self.config.run.dir) / "checkpoints"
-        keep, text = Retention.of(self.config.checkpoint), to_yaml(self.config)
-        metrics = {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
-        path = save_checkpoint(folder, self.state, self.tensors, self.identity, text, self.ranks, keep, metrics)
-        self.reporter.event(f"step {self.state.step}: saved {path}")
-
-    def _require_finite_weights(self) -> None:
-        """A checkpoint of weights that are not finite would only push out the good ones."""
-        shards = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in self.tensors["model"].values())
-        broken = any(not shard.isfinite().all() for shard in shards if shard.is_floating_point())
-        if any(flag for (flag,) in gather_floats((float(broken),))):
+        if not all_finite(self.tensors["model"]):  # a checkpoint of such weights would only push out the good ones
             raise TrainingDiverged(
                 f"step {self.state.step}: weights are no longer finite, so they are not saved: lower optimizer.learning_rate and resume from the "
                 "last checkpoint"
             )
+        self._saver.save(self.state, values)
 
     def _require_progress(self) -> None:
         if self.state.skipped_in_a_row >= self.config.train.max_skipped_in_a_row:
