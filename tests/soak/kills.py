@@ -225,7 +225,7 @@ def disturb(run: Run, kind: str, moment: str, rng: random.Random, pick_ranks: Ca
     if targets == agent:
         code = run.wait()
         run.until(lambda: all(map(gone, workers)), f"the end of ranks without an agent ({workers})", ended=True)
-        if code == 0 and run.last_step() == FINISHED:
+        if run.newest() == FINISHED:
             return None
         if kind == "stop" and training and (run.newest() != run.last_step() or (run.ranks == 1 and code != 0)):
             raise Lost(f"{run.folder}: stopped after step {run.last_step()} with code {code}, but saved step {run.newest()}; see {run.output}")
@@ -308,6 +308,8 @@ def killed_run(folder: Path, ranks: list[int], kills: int, rng: random.Random, p
                 break
             if kill is not None:
                 done.append(kill)
+        if run.wait() != 0 and run.newest() == FINISHED:  # hit while it was leaving: it is done, as starting it again must find
+            run.start(ranks[0])
         if run.wait() != 0:
             raise Lost(f"{run.folder}: the last start ended with {run.process and run.process.returncode}; see {run.output}")
         run.goes_on()
