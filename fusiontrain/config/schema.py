@@ -226,7 +226,7 @@ class ParallelConfig(Section):
         True, description="with frozen text: text that no image of its document comes before runs forward only; false: like all text, for comparison"
     )
     compile: bool = False
-    timeout_seconds: int = Field(300, ge=1, description="a collective that takes longer ends the run")
+    timeout_seconds: int = Field(300, ge=1, description="a collective, or a wait for data, that takes longer ends the run and names the ranks to blame")
 
 
 class KernelsConfig(Section):
@@ -262,6 +262,9 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="write in the background while training goes on; false: the loop waits for the disk")
     frozen: Literal["reference", "copy"] = Field(
         "reference", description="frozen weights of model.base: by path and hash; copy: stored too, so that nothing needs the base any more"
+    )
+    grace_seconds: float = Field(
+        240, gt=0, description="a run that is asked to stop and has not saved and left after so long ends; less than the scheduler's own patience"
     )
     keep_last: int = Field(3, ge=1)
     keep_every: int | None = Field(None, ge=1, description="also keep, for good, checkpoints whose step this divides")

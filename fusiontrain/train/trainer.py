@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from fusiontrain.train.devices import peak_flops
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
 from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib
 from fusiontrain.train.optim import set_learning_rate
+from fusiontrain.train.progress import Progress
 from fusiontrain.train.saving import Saver, all_finite
 from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import BreakOff, StopRequest
@@ -97,6 +98,7 @@ class Trainer:
     reporter: Reporter
     writer: MetricsWriter | None
     zero: Zero | None = None
+    progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         # Indexing counts its bad samples again in every process; a resumed run has them in its state already.
@@ -111,10 +113,12 @@ class Trainer:
         skipped_before = self.state.skipped_samples
         while self.state.step < config.train.steps and not stopping:
             started = time.perf_counter()
+            self.progress.enter("data", self.state.step + 1)
             micro_batches, data_state = next(batches)
             waited = time.perf_counter() - started
             rate = learning_rate(self.state.step + 1, config.optimizer, config.train.steps)
             counts, result, verdict = self._step(micro_batches, rate)
+            self.progress.enter("agreement")
             totals = self._gather_totals(waited, time.perf_counter() - started)
             history = remember(self.state.history, result, config.train.spike_window)
             self.state = next_state(self.state, data_state.to_dict(), counts, verdict, history, skipped_before + totals.skipped_samples)
@@ -124,6 +128,7 @@ class Trainer:
             values = self._values(counts, result, totals, rate)
             if not stopping:
                 values |= self._evaluate()
+            self.progress.enter("metrics")
             self._publish(values)
             if totals.save_failed:
                 self._saver.wait()  # one rank knows that the save in the background failed: all raise that
@@ -152,6 +157,7 @@ class Trainer:
         config, device = self.config, self.ranks.device
         if is_passed_over(self.state.step + 1, config.train.skip_steps):
             return *NOTHING_DONE, PASSED_OVER
+        self.progress.enter("forward and backward")
         flops = sum(sum(count_flops(self.model, batch).values()) for batch in micro_batches)
         counts = global_counts(micro_batches, flops)
         set_learning_rate(self.optimizer, rate)
@@ -160,6 +166,7 @@ class Trainer:
         verdicts: list[Verdict] = []
 
         def accept(result: StepResult) -> bool:
+            self.progress.enter("optimizer")
             verdicts.append(judge(result, self.state.history, config.train))
             return verdicts[-1].action is Action.UPDATE
 
@@ -238,9 +245,10 @@ class Trainer:
         """Validation losses if they are due after this step."""
         if self.validation_loader is None or not self._due_or_last(self.config.evaluate.every_steps):
             return {}
+        self.progress.enter("evaluate")
         try:
             with self._whole_root():
-                losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device, self.stop.check)
+                losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device, self._between)
         except BreakOff:
             return {}
         words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
@@ -254,9 +262,10 @@ class Trainer:
             return
         if not self._due_or_last(config.sample.every_steps):
             return
+        self.progress.enter("sample")
         try:
             with self._whole_root():
-                sheet = paint_prompts(self.model, self.tokenizer, config, self.stop.check)
+                sheet = paint_prompts(self.model, self.tokenizer, config, self._between)
         except BreakOff:
             return
         finally:
@@ -265,10 +274,16 @@ class Trainer:
             path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
             self.reporter.event(f"step {self.state.step}: samples in {path}")
 
+    def _between(self) -> None:
+        """Between batches of an evaluation and steps of a painting: raises BreakOff on all ranks where one was asked to stop."""
+        self.progress.beat()
+        self.stop.check()
+
     def _whole_root(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.zero is None else self.zero.whole_root()
 
     def _save(self, values: Mapping[str, Any]) -> None:
+        self.progress.enter("save")
         if not all_finite(self.tensors["model"]):  # a checkpoint of such weights would only push out the good ones
             raise TrainingDiverged(
                 f"step {self.state.step}: weights are no longer finite, so they are not saved: lower optimizer.learning_rate and resume from the "
