@@ -42,6 +42,7 @@ setup(
         "transformers>=5",
         "urllib3>=2",
         "webdataset>=1",
+        "xxhash>=3",
     ],
     extras_require={
         "gpu": ["flash-attn"],

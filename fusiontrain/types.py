@@ -204,7 +204,10 @@ class LossTerm:
     """A loss that is not yet divided: `sum` is a float32 scalar with gradient, `count` an int64 scalar.
 
     The trainer divides by the count over all ranks and micro-batches of the step, so splitting a batch changes nothing.
+    parts [n] float32 and rows [n] int64, to look at and without gradient: what each of n rows of the batch adds to `sum`.
     """
 
     sum: torch.Tensor
     count: torch.Tensor
+    parts: torch.Tensor | None = None
+    rows: torch.Tensor | None = None

@@ -56,32 +56,51 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(config: Any, ranks: Any, stop: Any, as_json: bool) -> int:
-    from fusiontrain.train.build import build_trainer
-    from fusiontrain.train.signals import BreakOff
+    from fusiontrain.train.progress import Progress
     from fusiontrain.train.trainer import TrainingDiverged
+    from fusiontrain.train.watchdog import Watchdog
 
-    reporter = make_reporter(ranks.is_main)
-    folder = Path(config.run.dir)
-    document: dict[str, Any] = {"run": str(folder), "step": None, "finished": False, "checkpoint": None}
-    try:
-        trainer = build_trainer(config, ranks, reporter, stop)
-    except BreakOff:
-        reporter.event("stopped before the first step: there is nothing to save")
-    else:
+    reporter, progress, folder = make_reporter(ranks.is_main), Progress(), Path(config.run.dir)
+
+    def say(sentence: str) -> None:
+        reporter.finished()
+        note(f"fusiontrain: error: {sentence}")
+
+    with Watchdog(folder, ranks, progress, stop, config.parallel.timeout_seconds, config.checkpoint.grace_seconds, say) as watchdog:
         try:
-            finished = trainer.run()
+            document = _run(config, ranks, stop, reporter, progress, watchdog)
         except TrainingDiverged as error:
             reporter.event(f"error: {error}")
             return 1
         finally:
-            trainer.close()
-        checkpoint = folder / "checkpoints" / f"step-{trainer.state.step:08d}"
-        document |= {"step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)}
-    finally:
-        reporter.finished()
+            reporter.finished()
     if ranks.is_main and as_json:
-        print_json(document)
+        print_json({"run": str(folder), **document})
     return 0
+
+
+def _run(config: Any, ranks: Any, stop: Any, reporter: SilentReporter, progress: Any, watchdog: Any) -> dict[str, Any]:
+    """Train; returns where that ended. Where other ranks are lost, the watchdog ends the process before anything is closed, which could hang."""
+    from fusiontrain.train.build import build_trainer
+    from fusiontrain.train.signals import BreakOff
+
+    try:
+        trainer = build_trainer(config, ranks, reporter, stop, progress)
+    except BreakOff:
+        reporter.event("stopped before the first step: there is nothing to save")
+        return {"step": None, "finished": False, "checkpoint": None}
+    except Exception as error:
+        watchdog.end_if_lost(error)
+        raise
+    try:
+        finished = trainer.run()
+    except Exception as error:
+        watchdog.end_if_lost(error)
+        raise
+    finally:
+        trainer.close()
+    checkpoint = Path(config.run.dir) / "checkpoints" / f"step-{trainer.state.step:08d}"
+    return {"step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)}
 
 
 def make_reporter(is_main: bool) -> SilentReporter:

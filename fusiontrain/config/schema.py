@@ -65,6 +65,7 @@ class SourceConfig(Section):
         ...,
         description="a .tar, .tar.gz, .tgz or .jsonl, a folder of them, a glob, a brace range such as shard-{000..015}.tar, a URL of these, or pipe:COMMAND",
     )
+    name: str | None = Field(None, pattern=r"^[\w.-]+$", description="what metrics call it; default: the end of its path")
     weight: float = Field(1.0, gt=0, description="share relative to the other sources, of documents or tokens as data.mix_by says")
     weight_schedule: tuple[tuple[int, float], ...] = Field(
         (), description="[[document, weight], ...]: the weight from that document of the mixed stream on; `data plan` shows where a step lies"
@@ -225,7 +226,7 @@ class ParallelConfig(Section):
         True, description="with frozen text: text that no image of its document comes before runs forward only; false: like all text, for comparison"
     )
     compile: bool = False
-    timeout_seconds: int = Field(300, ge=1, description="a collective that takes longer ends the run")
+    timeout_seconds: int = Field(300, ge=1, description="a collective, or a wait for data, that takes longer ends the run and names the ranks to blame")
 
 
 class KernelsConfig(Section):
@@ -250,8 +251,21 @@ class KernelsConfig(Section):
     )
 
 
+class MetricsConfig(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="where the numbers of the run folder are shown too; wandb and mlflow are extras, set up by their environment variables"
+    )
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
+    asynchronous: bool = Field(True, description="write in the background while training goes on; false: the loop waits for the disk")
+    frozen: Literal["reference", "copy"] = Field(
+        "reference", description="frozen weights of model.base: by path and hash; copy: stored too, so that nothing needs the base any more"
+    )
+    grace_seconds: float = Field(
+        240, gt=0, description="a run that is asked to stop and has not saved and left after so long ends; less than the scheduler's own patience"
+    )
     keep_last: int = Field(3, ge=1)
     keep_every: int | None = Field(None, ge=1, description="also keep, for good, checkpoints whose step this divides")
     keep_best: str | None = Field(None, description="also keep the one with the lowest value of this key of metrics.jsonl, e.g. validation/image")
@@ -290,6 +304,7 @@ class Config(Section):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
+    metrics: MetricsConfig = MetricsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sample: SampleConfig = SampleConfig()

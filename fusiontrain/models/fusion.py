@@ -90,7 +90,8 @@ class FusionModel(nn.Module):
         if self.image is not None and images is not None:
             low, high = (bound - len(prefix) for bound in batch.modality_bounds[IMAGE.id : IMAGE.id + 2])
             prediction = self.image.decode(hidden[low:high], images.patcher_state)
-            terms[IMAGE.name] = self.image_objective.loss(prediction, images.payload, images.noise, images.levels)
+            term = self.image_objective.loss(prediction, images.payload, images.noise, images.levels)
+            terms[IMAGE.name] = _in_batch(term, batch.modality_bounds[IMAGE.id])
         return terms
 
     def _loss_of_labels(self, hidden: torch.Tensor, batch: Batch, name: str) -> LossTerm:
@@ -108,10 +109,11 @@ class FusionModel(nn.Module):
         if not fixed_labels:
             return term
         fixed = self._next_token(prefix, batch, slice(0, num_prefix), fixed_labels)  # a number to log: no operand has a gradient
-        return LossTerm(term.sum + fixed.sum, term.count + fixed.count)
+        return _both(fixed, term)
 
     def _next_token(self, hidden: torch.Tensor, batch: Batch, rows: slice, num_labels: int) -> LossTerm:
-        return self.text_objective(hidden, self.text.head_weight, batch.labels[rows], batch.loss_weights[rows], num_labels)
+        term = self.text_objective(hidden, self.text.head_weight, batch.labels[rows], batch.loss_weights[rows], num_labels)
+        return _in_batch(term, rows.start)
 
     def text_logits(self, batch: Batch) -> torch.Tensor:
         """Logits of every text row, [text rows, V]; of all rows where every one of them is a token, as with codes of images, [T, V]."""
@@ -266,3 +268,14 @@ class FusionModel(nn.Module):
         if name.startswith("text."):
             return self.recipe.freezes_text
         return bool(self.recipe.frozen_groups & set(name.split(".")[:-1])) and not name.startswith("image.")
+
+
+def _in_batch(term: LossTerm, first_row: int) -> LossTerm:
+    """A term whose rows count from `first_row` of the batch, with rows of the batch."""
+    return replace(term, rows=None if term.rows is None else term.rows + first_row)
+
+
+def _both(first: LossTerm, second: LossTerm) -> LossTerm:
+    """The sum of two terms over different rows."""
+    parts, rows = (None if a is None or b is None else torch.cat([a, b]) for a, b in ((first.parts, second.parts), (first.rows, second.rows)))
+    return LossTerm(second.sum + first.sum, second.count + first.count, parts, rows)

@@ -33,6 +33,7 @@ from fusiontrain.train.checkpoint import (
 from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
+from fusiontrain.train.progress import Progress
 from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
 from fusiontrain.train.trainer import Reporter, Trainer
@@ -57,7 +58,7 @@ def check_config(config: Config, world_size: int) -> None:
         raise UserError("\n".join(problems))
 
 
-def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> Trainer:
+def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest, progress: Progress | None = None) -> Trainer:
     """Everything that a run needs, resumed as `checkpoint.resume` says. All ranks call this together, inside their process group.
 
     Raises UserError for what the user can mend: files, shapes, a checkpoint of another model or of other data. Raises BreakOff where a rank was
@@ -100,7 +101,8 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
         reporter.event(f"passed over {damage}")
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
-    return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer, zero)
+    parts = (config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer, zero)
+    return Trainer(*parts, progress or Progress())
 
 
 def index_first(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None:

@@ -9,14 +9,13 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
@@ -29,11 +28,13 @@ from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_bytes, gather_floats
 from fusiontrain.train.bad_steps import PASSED_OVER, Action, Verdict, is_passed_over, judge, remember
-from fusiontrain.train.checkpoint import Tensors, save_checkpoint
+from fusiontrain.train.checkpoint import Tensors
+from fusiontrain.train.devices import peak_flops
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
-from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib, peak_flops
+from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib
 from fusiontrain.train.optim import set_learning_rate
-from fusiontrain.train.retention import Retention
+from fusiontrain.train.progress import Progress
+from fusiontrain.train.saving import Saver, all_finite
 from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.state import TrainState
@@ -67,6 +68,8 @@ class StepTotals:
     """Numbers of one step that ranks measure for themselves. Times in seconds, memory in GiB: of the rank with the most."""
 
     stop_requested: bool
+    save_failed: bool
+    save_seconds: float
     skipped_samples: int
     memory_gib: float
     data_seconds: float
@@ -95,10 +98,12 @@ class Trainer:
     reporter: Reporter
     writer: MetricsWriter | None
     zero: Zero | None = None
+    progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         # Indexing counts its bad samples again in every process; a resumed run has them in its state already.
         self._counted_before = self.loader.skipped if self.state.step else 0
+        self._saver = Saver(self.config, self.ranks, self.tensors, self.identity, self.optimizer, self.reporter.event)
 
     def run(self) -> bool:
         """Train to `train.steps`, or until any rank is asked to stop. Returns whether it got to the end; it has saved either way."""
@@ -108,10 +113,12 @@ class Trainer:
         skipped_before = self.state.skipped_samples
         while self.state.step < config.train.steps and not stopping:
             started = time.perf_counter()
+            self.progress.enter("data", self.state.step + 1)
             micro_batches, data_state = next(batches)
             waited = time.perf_counter() - started
             rate = learning_rate(self.state.step + 1, config.optimizer, config.train.steps)
             counts, result, verdict = self._step(micro_batches, rate)
+            self.progress.enter("agreement")
             totals = self._gather_totals(waited, time.perf_counter() - started)
             history = remember(self.state.history, result, config.train.spike_window)
             self.state = next_state(self.state, data_state.to_dict(), counts, verdict, history, skipped_before + totals.skipped_samples)
@@ -121,17 +128,22 @@ class Trainer:
             values = self._values(counts, result, totals, rate)
             if not stopping:
                 values |= self._evaluate()
+            self.progress.enter("metrics")
             self._publish(values)
+            if totals.save_failed:
+                self._saver.wait()  # one rank knows that the save in the background failed: all raise that
             if not self.stop.agreed:
                 self._paint()
             stopping = self.stop.agreed  # perhaps in the middle of an evaluation
             if stopping or self._due(config.checkpoint.every_steps) or self._is_last():
                 self._save(values)
             self._require_progress()
+        self._saver.wait()
         return not stopping
 
     def close(self) -> None:
-        """Close the files of the run and its shards, and end the engine."""
+        """Let a save end that is under way, close the files of the run and its shards, and end the engine."""
+        self._saver.close()
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
@@ -145,6 +157,7 @@ class Trainer:
         config, device = self.config, self.ranks.device
         if is_passed_over(self.state.step + 1, config.train.skip_steps):
             return *NOTHING_DONE, PASSED_OVER
+        self.progress.enter("forward and backward")
         flops = sum(sum(count_flops(self.model, batch).values()) for batch in micro_batches)
         counts = global_counts(micro_batches, flops)
         set_learning_rate(self.optimizer, rate)
@@ -153,6 +166,7 @@ class Trainer:
         verdicts: list[Verdict] = []
 
         def accept(result: StepResult) -> bool:
+            self.progress.enter("optimizer")
             verdicts.append(judge(result, self.state.history, config.train))
             return verdicts[-1].action is Action.UPDATE
 
@@ -177,9 +191,9 @@ class Trainer:
     def _gather_totals(self, data_seconds: float, step_seconds: float) -> StepTotals:
         """One small all-gather, which is also where all ranks agree to stop after the same step."""
         skipped = self.loader.skipped - self._counted_before
-        mine = (float(bool(self.stop)), skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
-        stops, all_skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
-        return StepTotals(any(stops), int(sum(all_skipped)), max(memory), max(waits), max(seconds))
+        mine = (float(bool(self.stop)), *self._saver.look(), skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
+        stops, failed, stalls, all_skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
+        return StepTotals(any(stops), any(failed), max(stalls), int(sum(all_skipped)), max(memory), max(waits), max(seconds))
 
     def _values(self, counts: StepCounts, result: StepResult, totals: StepTotals, rate: float) -> dict[str, Any]:
         """The step's line in metrics.jsonl."""
@@ -198,6 +212,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_seconds": totals.data_seconds,
+            "save_seconds": totals.save_seconds,
             "flops": counts.flops,
             "mfu": counts.flops / seconds / (peak * self.ranks.world_size) if peak else None,
             "memory_gib": totals.memory_gib,
@@ -230,9 +245,10 @@ class Trainer:
         """Validation losses if they are due after this step."""
         if self.validation_loader is None or not self._due_or_last(self.config.evaluate.every_steps):
             return {}
+        self.progress.enter("evaluate")
         try:
             with self._whole_root():
-                losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device, self.stop.check)
+                losses = validation_losses(self.model, self.validation_loader, self.config.evaluate.batches, self.ranks.device, self._between)
         except BreakOff:
             return {}
         words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
@@ -246,9 +262,10 @@ class Trainer:
             return
         if not self._due_or_last(config.sample.every_steps):
             return
+        self.progress.enter("sample")
         try:
             with self._whole_root():
-                sheet = paint_prompts(self.model, self.tokenizer, config, self.stop.check)
+                sheet = paint_prompts(self.model, self.tokenizer, config, self._between)
         except BreakOff:
             return
         finally:
@@ -257,26 +274,22 @@ class Trainer:
             path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
             self.reporter.event(f"step {self.state.step}: samples in {path}")
 
+    def _between(self) -> None:
+        """Between batches of an evaluation and steps of a painting: raises BreakOff on all ranks where one was asked to stop."""
+        self.progress.beat()
+        self.stop.check()
+
     def _whole_root(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.zero is None else self.zero.whole_root()
 
     def _save(self, values: Mapping[str, Any]) -> None:
-        self._require_finite_weights()
-        folder = Path(self.config.run.dir) / "checkpoints"
-        keep, text = Retention.of(self.config.checkpoint), to_yaml(self.config)
-        metrics = {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
-        path = save_checkpoint(folder, self.state, self.tensors, self.identity, text, self.ranks, keep, metrics)
-        self.reporter.event(f"step {self.state.step}: saved {path}")
-
-    def _require_finite_weights(self) -> None:
-        """A checkpoint of weights that are not finite would only push out the good ones."""
-        shards = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in self.tensors["model"].values())
-        broken = any(not shard.isfinite().all() for shard in shards if shard.is_floating_point())
-        if any(flag for (flag,) in gather_floats((float(broken),))):
+        self.progress.enter("save")
+        if not all_finite(self.tensors["model"]):  # a checkpoint of such weights would only push out the good ones
             raise TrainingDiverged(
                 f"step {self.state.step}: weights are no longer finite, so they are not saved: lower optimizer.learning_rate and resume from the "
                 "last checkpoint"
             )
+        self._saver.save(self.state, values)
 
     def _require_progress(self) -> None:
         if self.state.skipped_in_a_row >= self.config.train.max_skipped_in_a_row:

@@ -64,7 +64,7 @@ def test_train_then_list_and_verify(config_file: Path, capsys: pytest.CaptureFix
     data.write_bytes(content)
     capsys.readouterr()
     assert main(["checkpoint", "verify", str(run_dir)]) == 2
-    assert "does not match its sha256" in capsys.readouterr().err
+    assert "does not match its checksum" in capsys.readouterr().err
 
 
 def test_evaluation_and_samples_can_be_switched_off(config_file: Path, tmp_path: Path) -> None:
