@@ -130,7 +130,7 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(..., min_length=1)
     validation_sources: tuple[SourceConfig, ...] = ()
     modalities: tuple[Literal["text", "image", "speech"], ...] = Field(
-        ("text", "image"), description="pictures and speech that are not named are dropped, and their markers are kept"
+        ("text", "image"), description="pictures that are not named are dropped, their markers are kept; speech is dropped with its markers"
     )
     tokenizer: TokenizerConfig = TokenizerConfig()
     image: ImageDataConfig = ImageDataConfig()
@@ -290,6 +290,7 @@ class SampleConfig(Section):
 class DemoConfig(Section):
     dir: str = Field(..., description="gets world/, tokenizer.json and llama/ (random weights) on first use")
     documents: int = Field(300, ge=2)
+    tokens: bool = Field(False, description="the world has codes of its pictures and speech too, and its tokenizer <|speech|> and <|/speech|>")
     seed: int = Field(0, ge=0, lt=2**63)
 
 

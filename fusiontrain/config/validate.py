@@ -112,6 +112,9 @@ def _speech(config: Config) -> Iterator[Problem]:
         return
     if config.data.speech.num_units is None:
         yield Problem("data.speech.num_units", "is not set; with speech it is one more than the largest unit")
+    tokens = (config.data.tokenizer.begin_speech_token, config.data.tokenizer.end_speech_token)
+    if None in tokens:
+        yield Problem("data.tokenizer.begin_speech_token", "is not set, or end_speech_token is not; speech stands between the two: name tokens")
     if config.model.base is not None:
         yield Problem("data.modalities", "units of speech are tokens that no base has; set model.base to null and give the model's shape")
     if config.data.mode == "stream":
