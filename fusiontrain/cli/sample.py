@@ -7,9 +7,10 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fusiontrain.cli.common import add_json_argument, print_json
+from fusiontrain.config.schema import SampleConfig
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SHEET = "contact-sheet.png"
 RECORD = "samples.json"
+SAMPLERS = get_args(SampleConfig.model_fields["sampler"].annotation)
 
 
 class _InOrder(argparse.Action):
@@ -43,6 +45,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none (default: the config's)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the config's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="of pictures (default: the config's)")
+    parser.add_argument("--eta", type=float, help="of --sampler ddim: 0 draws no noise, 1 as much as ddpm (default: the config's)")
     parser.add_argument("--seed", type=int, help="of noise and of text drawn at a temperature (default: the config's)")
     parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
@@ -92,6 +96,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be a number of at least {least}")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        raise UserError(f"sample: --eta {args.eta}: must be a number from 0 to 1")
 
 
 def _settings(args: argparse.Namespace, trained: Trained) -> dict[str, Any]:
@@ -101,6 +107,8 @@ def _settings(args: argparse.Namespace, trained: Trained) -> dict[str, Any]:
         "seed": trained.config.seed if args.seed is None else args.seed,
         "steps": defaults.steps if args.steps is None else args.steps,
         "guidance": defaults.guidance if args.guidance is None else args.guidance,
+        "sampler": defaults.sampler if args.sampler is None else args.sampler,
+        "eta": defaults.ddim_eta if args.eta is None else args.eta,
         "temperature": defaults.temperature if args.temperature is None else args.temperature,
         "max_new_tokens": defaults.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
     }
@@ -121,6 +129,8 @@ def _paint(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -
         image=data.image,
         steps=settings["steps"],
         guidance=settings["guidance"],
+        sampler=settings["sampler"],
+        eta=settings["eta"],
         seed=settings["seed"],
         context=data.sequence_length,
     )
@@ -149,6 +159,8 @@ def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any
         max_images=args.max_images,
         steps=settings["steps"],
         guidance=settings["guidance"],
+        sampler=settings["sampler"],
+        eta=settings["eta"],
         context=data.sequence_length,
     )
     pieces: list[dict[str, str]] = []
