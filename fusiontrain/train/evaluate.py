@@ -66,6 +66,8 @@ def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config, betwee
         image=config.data.image,
         steps=sample.steps,
         guidance=sample.guidance,
+        sampler=sample.sampler,
+        eta=sample.ddim_eta,
         seed=config.seed,
         context=config.data.sequence_length,
         between=between,
