@@ -8,15 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.paint import paint
-from fusiontrain.generate.pictures import contact_sheet
 from fusiontrain.modality import MODALITY_NAMES
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.reduce import sum_tensor
@@ -42,10 +41,10 @@ def validation_losses(model: nn.Module, loader: Loader, num_batches: int, device
     return {name: total / targets[name] if targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)}
 
 
-def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config) -> Image.Image:
-    """One sheet with a picture of every prompt of the config, in their order. All ranks call this together."""
+def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config) -> list[np.ndarray]:
+    """A picture of every prompt of the config, in their order, [H, W, 3] uint8. All ranks call this together."""
     sample = config.sample
-    pictures = paint(
+    return paint(
         model,
         tokenizer,
         sample.prompts,
@@ -55,4 +54,3 @@ def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config) -> Ima
         seed=config.seed,
         context=config.data.sequence_length,
     )
-    return contact_sheet(pictures, sample.prompts)
