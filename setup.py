@@ -42,6 +42,7 @@ setup(
         "transformers>=5",
         "urllib3>=2",
         "webdataset>=1",
+        "xxhash>=3",
     ],
     extras_require={
         "gpu": ["flash-attn"],
@@ -54,8 +55,8 @@ setup(
         "mlflow": ["mlflow-skinny>=3"],
         "bench": ["megatron-energon"],
         "dev": [
-            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "mlflow-skinny>=3", "moto[s3]", "mypy", "pyarrow", "pyte", "pytest",
-            "pytest-xdist", "ruff", "s3fs", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML", "wandb",
+            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "mlflow-skinny>=3", "moto[s3]", "mypy",
+            "pyarrow", "pyte", "pytest", "pytest-xdist", "ruff", "s3fs", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML", "wandb",
         ],
     },
 )

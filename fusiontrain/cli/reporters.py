@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusiontrain.cli.common import note
+from fusiontrain.modality import MODALITY_NAMES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -148,7 +149,7 @@ def is_number(value: Any) -> bool:
 
 def describe_step(values: Mapping[str, Any]) -> str:
     """Loss, norm and learning rate of a step; of a modality only where there is a loss."""
-    losses = "".join(f" {name} {values[f'loss/{name}']:.4f}" for name in ("text", "image") if is_number(values.get(f"loss/{name}")))
+    losses = "".join(f" {name} {values[f'loss/{name}']:.4f}" for name in MODALITY_NAMES if is_number(values.get(f"loss/{name}")))
     return f"loss {values['loss']:.4f}{losses} norm {values['grad_norm']:.3f} lr {values['lr']:.2e}"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from fusiontrain.cli.common import add_config_arguments, add_json_argument, print_json
-from fusiontrain.cli.reporters import make_reporter
+from fusiontrain.cli.common import add_config_arguments, add_json_argument, note, print_json
+from fusiontrain.cli.reporters import SilentReporter, make_reporter
+from fusiontrain.utils.orphans import die_with_parent
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,12 +24,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when the run is done or stopped on request after a save, 1 when it diverged; UserError for bad input."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     from fusiontrain.cli.first_use import prepare
     from fusiontrain.config.load import load
     from fusiontrain.parallel.mesh import process_group, read_ranks
     from fusiontrain.train.build import check_config
     from fusiontrain.train.metrics import close_log, open_log
     from fusiontrain.train.run_lock import only_training_in
+    from fusiontrain.train.signals import stop_on_signals
     from fusiontrain.utils.errors import UserError
 
     ranks = read_ranks()
@@ -41,34 +46,55 @@ def run(args: argparse.Namespace) -> int:
         raise
     log = open_log(Path(config.run.dir), ranks.rank)
     try:
-        with process_group(ranks, config.parallel), only_training_in(Path(config.run.dir)):
-            return _train(config, ranks, args.json)
+        with stop_on_signals() as stop, process_group(ranks, config.parallel), only_training_in(Path(config.run.dir)):
+            return _train(config, ranks, stop, args.json)
     finally:
         close_log(log)
 
 
-def _train(config: Any, ranks: Any, as_json: bool) -> int:
-    from fusiontrain.train.build import build_trainer
-    from fusiontrain.train.signals import stop_on_signals
+def _train(config: Any, ranks: Any, stop: Any, as_json: bool) -> int:
+    from fusiontrain.train.progress import Progress
     from fusiontrain.train.trainer import TrainingDiverged
+    from fusiontrain.train.watchdog import Watchdog
 
-    reporter = make_reporter(ranks.is_main)
-    with stop_on_signals() as stop:
+    reporter, progress, folder = make_reporter(ranks.is_main), Progress(), Path(config.run.dir)
+
+    def say(sentence: str) -> None:
+        reporter.finished()
+        note(f"fusiontrain: error: {sentence}")
+
+    with Watchdog(folder, ranks, progress, stop, config.parallel.timeout_seconds, config.checkpoint.grace_seconds, say) as watchdog:
         try:
-            trainer = build_trainer(config, ranks, reporter, stop)
-        except BaseException:
-            reporter.finished()
-            raise
-        try:
-            finished = trainer.run()
+            document = _run(config, ranks, stop, reporter, progress, watchdog)
         except TrainingDiverged as error:
             reporter.event(f"error: {error}")
             return 1
         finally:
             reporter.finished()
-            trainer.close()
     if ranks.is_main and as_json:
-        folder = Path(config.run.dir)
-        checkpoint = folder / "checkpoints" / f"step-{trainer.state.step:08d}"
-        print_json({"run": str(folder), "step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)})
+        print_json({"run": str(folder), **document})
     return 0
+
+
+def _run(config: Any, ranks: Any, stop: Any, reporter: SilentReporter, progress: Any, watchdog: Any) -> dict[str, Any]:
+    """Train; returns where that ended. Where other ranks are lost, the watchdog ends the process before anything is closed, which could hang."""
+    from fusiontrain.train.build import build_trainer
+    from fusiontrain.train.signals import BreakOff
+
+    try:
+        trainer = build_trainer(config, ranks, reporter, stop, progress)
+    except BreakOff:
+        reporter.event("stopped before the first step: there is nothing to save")
+        return {"step": None, "finished": False, "checkpoint": None}
+    except Exception as error:
+        watchdog.end_if_lost(error)
+        raise
+    try:
+        finished = trainer.run()
+    except Exception as error:
+        watchdog.end_if_lost(error)
+        raise
+    finally:
+        trainer.close()
+    checkpoint = Path(config.run.dir) / "checkpoints" / f"step-{trainer.state.step:08d}"
+    return {"step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)}

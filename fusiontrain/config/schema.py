@@ -31,12 +31,17 @@ class ImageModelConfig(Section):
 
 
 class ModelConfig(Section):
-    recipe: Literal["dense", "transfusion", "lmfusion"] = Field(..., description="which weights are per modality and what is frozen")
+    recipe: Literal["dense", "transfusion", "lmfusion", "mot", "chameleon"] = Field(..., description="which weights are per modality and what is frozen")
     base: str | None = Field(None, description="Hugging Face Llama folder to start from; lmfusion needs one")
     separation: Literal["dense", "shallow", "deep"] = Field(
         "deep", description="lmfusion: what is per modality: nothing, FFN and its norm, or attention too (the paper's choice)"
     )
     freeze_text: bool = Field(True, description="lmfusion: text weights keep the base's values (learning-rate ratio 0)")
+    untied: tuple[Literal["ffn", "qkv", "o", "norms"], ...] = Field(
+        ("ffn", "qkv", "o", "norms"), description="mot: the parts that are per modality; the paper's model unties all"
+    )
+    merged: tuple[Literal["text", "image", "speech"], ...] = Field((), description="mot: modalities that share one set of weights, for leave-one-out")
+    dropout: float = Field(0.0, ge=0, le=0.9, description="share of a sublayer's output that is dropped in training (Chameleon 7B: 0.1), keyed by token")
     # The shape of a model without a base. With a base these come from its config.json and must stay unset.
     vocab_size: int | None = Field(None, ge=8)
     dim: int | None = Field(None, ge=8)
@@ -48,6 +53,10 @@ class ModelConfig(Section):
     rope_theta: float | None = Field(None, gt=0, description="default 10000")
     norm_eps: float | None = Field(None, gt=0, description="default 1e-5")
     tie_embeddings: bool | None = Field(None, description="default false")
+    norm_position: Literal["pre", "post"] | None = Field(None, description="post: sublayers are normed before they are added (MoT, Chameleon 34B); default pre")
+    qk_norm: Literal["none", "rms", "layer"] | None = Field(
+        None, description="of every head of queries and keys: rms with one weight (MoT), layer with weight and bias per head (Chameleon); default none"
+    )
     image: ImageModelConfig = ImageModelConfig()
 
 
@@ -71,6 +80,8 @@ class TokenizerConfig(Section):
     path: str | None = Field(None, description="folder or tokenizer.json; 'bytes' for the built-in; default: the model's base folder")
     begin_image_token: str = Field("<|image|>", description="token text of BOI, which must be in the vocabulary")
     end_image_token: str = Field("<|/image|>", description="token text of EOI")
+    begin_speech_token: str | None = Field(None, description="token text that opens speech; needed where data.modalities has speech")
+    end_speech_token: str | None = Field(None, description="token text that closes it")
     begin_text_token: str | None = Field("<|begin_of_text|>", description="put before every document; null for none")
     end_text_token: str = Field("<|end_of_text|>", description="put after every document")
 
@@ -96,6 +107,12 @@ class ImageDataConfig(Section):
     )
 
 
+class SpeechDataConfig(Section):
+    num_units: int | None = Field(
+        None, ge=1, description="one more than the largest unit of the .units.npy members, which are tokens behind those of the tokenizer and of images"
+    )
+
+
 class StorageConfig(Section):
     retries: int = Field(8, ge=0, description="further tries of a read over a network, at random times up to 30 seconds apart")
     timeout_seconds: float = Field(60, gt=0, description="a read over a network, or the silence of a `pipe:` command, that lasts longer has failed")
@@ -112,9 +129,12 @@ class DataConfig(Section):
     stream_shuffle_documents: int = Field(1000, ge=1, description="mode stream: documents of each source that a rank shuffles in memory")
     sources: tuple[SourceConfig, ...] = Field(..., min_length=1)
     validation_sources: tuple[SourceConfig, ...] = ()
-    modalities: tuple[Literal["text", "image"], ...] = Field(("text", "image"), description="('text',) drops the pictures and keeps their BOI and EOI markers")
+    modalities: tuple[Literal["text", "image", "speech"], ...] = Field(
+        ("text", "image"), description="pictures and speech that are not named are dropped, and their markers are kept"
+    )
     tokenizer: TokenizerConfig = TokenizerConfig()
     image: ImageDataConfig = ImageDataConfig()
+    speech: SpeechDataConfig = SpeechDataConfig()
     sequence_length: int = Field(4096, ge=8, description="token budget of a packed sequence")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of text-then-image documents whose text is dropped, for guidance")
     document_mask: bool = Field(True, description="tokens see their own document only")
@@ -145,7 +165,8 @@ class DataConfig(Section):
 
 class ObjectiveConfig(Section):
     text_weight: float = Field(1.0, ge=0)
-    image_weight: float = Field(5.0, ge=0, description="lambda of Transfusion 4.1")
+    speech_weight: float = Field(1.0, ge=0)
+    image_weight: float = Field(5.0, ge=0, description="lambda of Transfusion 4.1; codes are tokens like any other and have 1")
     image: Literal["ddpm", "flow_matching"] = Field(
         "ddpm", description="ddpm: predict the noise, cosine schedule (the papers); flow_matching: predict the velocity"
     )
@@ -205,7 +226,7 @@ class ParallelConfig(Section):
         True, description="with frozen text: text that no image of its document comes before runs forward only; false: like all text, for comparison"
     )
     compile: bool = False
-    timeout_seconds: int = Field(300, ge=1, description="a collective that takes longer ends the run")
+    timeout_seconds: int = Field(300, ge=1, description="a collective, or a wait for data, that takes longer ends the run and names the ranks to blame")
 
 
 class KernelsConfig(Section):
@@ -238,6 +259,13 @@ class MetricsConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
+    asynchronous: bool = Field(True, description="write in the background while training goes on; false: the loop waits for the disk")
+    frozen: Literal["reference", "copy"] = Field(
+        "reference", description="frozen weights of model.base: by path and hash; copy: stored too, so that nothing needs the base any more"
+    )
+    grace_seconds: float = Field(
+        240, gt=0, description="a run that is asked to stop and has not saved and left after so long ends; less than the scheduler's own patience"
+    )
     keep_last: int = Field(3, ge=1)
     keep_every: int | None = Field(None, ge=1, description="also keep, for good, checkpoints whose step this divides")
     keep_best: str | None = Field(None, description="also keep the one with the lowest value of this key of metrics.jsonl, e.g. validation/image")

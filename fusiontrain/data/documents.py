@@ -161,7 +161,8 @@ def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: b
         if IMAGE.name in data.modalities and piece.image is not None and data.image.representation == "codes":
             codes = decode_codes(piece.image, read(piece.image), data.image)
             _require(len(codes) == place.num_tokens, "an image", len(codes), place.num_tokens)
-            text.append(tokenizer.vocab_size + codes)
+            segments += [_text(text), Segment(IMAGE.name, token_ids=tokenizer.vocab_size + codes)]
+            text = []
         elif IMAGE.name in data.modalities and piece.image is not None:
             cap = data.image.image_first_noise_cap if number == 0 and len(places) > 1 else 1.0
             segment = image_segment(piece.image, read(piece.image), data.image, cap)

@@ -30,14 +30,6 @@ METRICS_FILE = "metrics.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 BAD_STEPS_FILE = "bad_steps.jsonl"
 
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
-"""Dense bfloat16 FLOP/s by a part of the device's name, first match (NVIDIA's data sheets)."""
 
 class MetricsWriter:
     """The metrics of one run folder, and of the trackers of `metrics.sinks`. Only the main rank has one."""
@@ -128,14 +120,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense FLOP/s of a device in `precision`, or None where it is not known."""
-    if device.type != "cuda" or precision != "bfloat16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fusiontrain.config.schema import ObjectiveConfig
 from fusiontrain.modality import IMAGE, MODALITY_NAMES
 from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import set_gradient_sync
@@ -23,15 +24,23 @@ from fusiontrain.types import Batch, LossTerm
 class StepCounts:
     """Host numbers of one optimizer step over all ranks and micro-batches, by modality; flops are forward plus backward.
 
-    sources: by what `SourceRef.source` says. rank_flops and rank_image_tokens: this rank's part.
+    continuous: the modalities whose targets are no tokens. sources: by what `SourceRef.source` says. rank_flops and rank_image_tokens: this rank's part.
     """
 
     targets: dict[str, int]
     tokens: dict[str, int]
     flops: int = 0
+    continuous: frozenset[str] = frozenset()
     sources: dict[str, SourceCounts] = field(default_factory=dict)
     rank_flops: int = 0
     rank_image_tokens: int = 0
+
+    @property
+    def divisors(self) -> dict[str, int]:
+        """What the loss of each modality is divided by: its targets; where those are tokens, the tokens to predict of all modalities, so that each
+        token weighs the same."""
+        discrete = sum(count for name, count in self.targets.items() if name not in self.continuous)
+        return {name: count if name in self.continuous else discrete for name, count in self.targets.items()}
 
 
 @dataclass(frozen=True)
@@ -72,22 +81,28 @@ def global_counts(micro_batches: Sequence[Batch], flops: int = 0, sources: Seque
         dict(zip(MODALITY_NAMES, summed[:middle], strict=True)),
         dict(zip(MODALITY_NAMES, summed[middle:end], strict=True)),
         all_flops,
+        frozenset(micro_batches[0].payloads) if micro_batches else frozenset(),
         as_counts(summed[end:], sources),
         rank_flops=flops,
         rank_image_tokens=tokens[IMAGE.id],
     )
 
 
-def weighted_loss(terms: Mapping[str, LossTerm], weights: Mapping[str, float], targets: Mapping[str, int]) -> torch.Tensor:
+def objective_weights(config: ObjectiveConfig) -> dict[str, float]:
+    """By modality."""
+    return {name: getattr(config, f"{name}_weight") for name in MODALITY_NAMES}
+
+
+def weighted_loss(terms: Mapping[str, LossTerm], weights: Mapping[str, float], divisors: Mapping[str, int]) -> torch.Tensor:
     """Sum over objectives of weight * sum / global count (float32 scalar): this micro-batch's part of the step's loss."""
-    return torch.stack([weights[name] * term.sum / max(targets[name], 1) for name, term in terms.items()]).sum()
+    return torch.stack([weights[name] * term.sum / max(divisors[name], 1) for name, term in terms.items()]).sum()
 
 
 def accumulate_gradients(
     model: nn.Module,
     micro_batches: Sequence[Batch],
     weights: Mapping[str, float],
-    targets: Mapping[str, int],
+    divisors: Mapping[str, int],
     world_size: int,
     device: torch.device,
     zero: Zero | None = None,
@@ -104,7 +119,7 @@ def accumulate_gradients(
         set_gradient_sync(model, last)
         moved, of_document = batch.to(device), torch.from_numpy(source_numbers(batch, sources)).to(device, non_blocking=True)
         terms = model(moved) if zero is None else zero.forward(moved)
-        loss = weighted_loss(terms, weights, targets) * world_size
+        loss = weighted_loss(terms, weights, divisors) * world_size
         if zero is None:
             loss.backward()
         else:
@@ -135,12 +150,12 @@ def train_step(
     sources = tuple(counts.sources)
     if zero is not None:
         with zero.whole_root():
-            sums = accumulate_gradients(model, micro_batches, weights, counts.targets, world_size, device, zero, sources)
+            sums = accumulate_gradients(model, micro_batches, weights, counts.divisors, world_size, device, zero, sources)
         result = _result(sum_tensor(sums).tolist(), zero.step(), {}, counts, weights)
         accept(result)
         return result
     trained = groups or {"all": [parameter for group in optimizer.param_groups for parameter in group["params"]]}
-    sums = accumulate_gradients(model, micro_batches, weights, counts.targets, world_size, device, sources=sources)
+    sums = accumulate_gradients(model, micro_batches, weights, counts.divisors, world_size, device, sources=sources)
     numbers = sum_tensor(torch.cat([sums, squared_norms(trained, device)])).tolist()
     grad_norm, by_group = norms(numbers[len(sums) :], trained)
     result = _result(numbers[: len(sums)], grad_norm, by_group if groups else {}, counts, weights)
@@ -154,7 +169,8 @@ def train_step(
 def _result(sums: Sequence[float], grad_norm: float, grad_norms: dict[str, float], counts: StepCounts, weights: Mapping[str, float]) -> StepResult:
     """sums: see `loss_sums`, over all ranks."""
     losses = {name: _mean(total, counts.targets[name]) for name, total in zip(MODALITY_NAMES, sums, strict=False)}
-    loss = sum(weights[name] * losses[name] for name in MODALITY_NAMES if counts.targets[name])
+    divisors = counts.divisors
+    loss = sum(weights[name] * (total / divisors[name]) for name, total in zip(MODALITY_NAMES, sums, strict=False) if counts.targets[name])
     by_source = {
         source: {
             name: _mean(sums[len(MODALITY_NAMES) + place * len(counts.sources) + number], found.targets[name])

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusiontrain.modality import MODALITY_NAMES
 from fusiontrain.parallel.reduce import gather_floats
+from fusiontrain.train.gradients import SHARED
 from fusiontrain.train.state import TrainState
 from fusiontrain.train.step import StepCounts, StepResult
 
@@ -28,6 +28,7 @@ KEYS: dict[str, tuple[str | None, str]] = {
     "tokens_per_second": ("throughput/tokens_per_second", "over all ranks"),
     "step_seconds": ("throughput/step_seconds", "wall time of the step on the slowest rank, data wait included"),
     "data_seconds": ("throughput/data_seconds", "of it, waiting for data, on the rank that waited most"),
+    "save_seconds": ("throughput/save_seconds", "that training stood still for checkpoints, on the rank that did longest"),
     "flops": ("throughput/flops", "exact FLOPs of forward and backward on all ranks"),
     "mfu": ("throughput/mfu", "flops / (step_seconds x ranks x the device's peak); null where the peak is not known"),
     "memory_gib": ("health/memory_gib", "most memory that a rank has held so far: allocated on the GPU, or resident on the host"),
@@ -55,6 +56,8 @@ class StepTotals:
     """
 
     stop_requested: bool
+    save_failed: bool
+    save_seconds: float
     skipped_samples: int
     memory_gib: float
     data_seconds: float
@@ -63,34 +66,37 @@ class StepTotals:
 
 
 def gather_totals(
-    stop: bool, skipped_samples: int, memory_gib: float, data_seconds: float, step_seconds: float, compute_seconds: float, counts: StepCounts
-) -> StepTotals:
+    stop: bool, save_failed: bool, save_seconds: float, skipped_samples: int, memory_gib: float, data_seconds: float, step_seconds: float,
+    compute_seconds: float, counts: StepCounts,
+) -> StepTotals:  # fmt: skip
     """What this rank measured, of all ranks: one small all-gather, which is also where they agree to stop after the same step."""
     loads = (counts.rank_flops, counts.rank_image_tokens, compute_seconds)
-    rows = gather_floats((stop, skipped_samples, memory_gib, data_seconds, step_seconds, *loads))
-    stops, all_skipped, memory, waits, seconds, *all_loads = zip(*rows, strict=True)
+    rows = gather_floats((stop, save_failed, save_seconds, skipped_samples, memory_gib, data_seconds, step_seconds, *loads))
+    stops, failed, stalls, all_skipped, memory, waits, seconds, *all_loads = zip(*rows, strict=True)
     imbalance = {name: max(load) * len(load) / sum(load) if sum(load) else math.nan for name, load in zip(IMBALANCES, all_loads, strict=True)}
-    return StepTotals(any(stops), int(sum(all_skipped)), max(memory), max(waits), max(seconds), imbalance)
+    return StepTotals(any(stops), any(failed), max(stalls), int(sum(all_skipped)), max(memory), max(waits), max(seconds), imbalance)
 
 
 def step_values(
-    state: TrainState, counts: StepCounts, result: StepResult, totals: StepTotals, rate: float, labels: Mapping[str, str], peak_flops: float | None
-) -> dict[str, Any]:
-    """The step's values by the names in KEYS. labels: {source: short name}; peak_flops: of all ranks together, per second."""
+    state: TrainState, counts: StepCounts, result: StepResult, totals: StepTotals, rate: float, labels: Mapping[str, str], names: Sequence[str],
+    peak_flops: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The step's values by the names in KEYS. labels: {source: short name}; names: of modalities; peak_flops: of all ranks together, per second."""
     tokens, seconds = sum(counts.tokens.values()), totals.step_seconds
     values = {
         "step": state.step,
         "loss": result.loss,
-        **{f"loss/{name}": loss for name, loss in result.losses.items()},
+        **{f"loss/{name}": result.losses[name] for name in names},
         "grad_norm": result.grad_norm,
-        **{f"grad_norm/{name}": norm for name, norm in result.grad_norms.items()},
+        **{f"grad_norm/{name}": result.grad_norms.get(name, math.nan) for name in (*names, SHARED)},
         "lr": rate,
         "tokens": tokens,
-        **{f"tokens/{name}": number for name, number in counts.tokens.items()},
-        **{f"targets/{name}": number for name, number in counts.targets.items()},
+        **{f"tokens/{name}": counts.tokens[name] for name in names},
+        **{f"targets/{name}": counts.targets[name] for name in names},
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "data_seconds": totals.data_seconds,
+        "save_seconds": totals.save_seconds,
         "flops": counts.flops,
         "mfu": counts.flops / seconds / peak_flops if peak_flops else None,
         "memory_gib": totals.memory_gib,
@@ -99,14 +105,9 @@ def step_values(
         "skipped_steps": state.skipped_steps,
         **{key: state.data[key] for key in ("epoch",) if key in state.data},
     }
-    return values | _source_values(counts, result, labels)
-
-
-def _source_values(counts: StepCounts, result: StepResult, labels: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
     for source, label in labels.items():
         found, losses = counts.sources.get(source), result.source_losses.get(source, {})
-        values |= {f"loss/source/{label}/{name}": losses.get(name, math.nan) for name in MODALITY_NAMES}
+        values |= {f"loss/source/{label}/{name}": losses.get(name, math.nan) for name in names}
         values |= {f"tokens/source/{label}": found.tokens if found else 0, f"documents/source/{label}": found.documents if found else 0}
     return values
 

@@ -81,7 +81,7 @@ data:
 train: {stepz: 4, learning_rate: 3, global_batch_sequences: 2.5}
 """)
     assert lines_of(file) == [
-        "FILE: model.recipe: given the text 'lmfusoin', expected one of dense, transfusion, lmfusion; did you mean lmfusion?",
+        "FILE: model.recipe: given the text 'lmfusoin', expected one of dense, transfusion, lmfusion, mot, chameleon; did you mean lmfusion?",
         "FILE: model.vocab_size: given the text '12', expected a whole number >= 8 or null",
         "FILE: data.sources.0.path: given 3, expected a text",
         "FILE: data.sources.0.wieght: unknown key; did you mean data.sources.0.weight?",

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fusiontrain.train import signals
-from fusiontrain.train.metrics import MetricsWriter, close_log, memory_gib, open_log, peak_flops, read_metrics, truncate_metrics
+from fusiontrain.train.metrics import MetricsWriter, close_log, memory_gib, open_log, read_metrics, truncate_metrics
 from fusiontrain.train.signals import stop_on_signals
 
 
@@ -66,17 +66,8 @@ def test_every_rank_has_a_log_of_its_own(tmp_path: Path, capsys: pytest.CaptureF
     assert "rank 3" in text and "WARNING fusiontrain.some.module: seen" in text and "not seen" not in text
 
 
-def test_memory_and_peak() -> None:
+def test_memory() -> None:
     assert 0.05 < memory_gib(torch.device("cpu")) < 64
-    assert peak_flops(torch.device("cpu"), "bfloat16") is None
-
-
-def test_the_peak_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda", 0)
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("Other", None)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert peak_flops(device, "bfloat16") == peak
-    assert peak_flops(device, "float32") is None
 
 
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)

@@ -1,0 +1,116 @@
+"""A trained model and the things one does with it: what `fusiontrain.load` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fusiontrain.config.schema import Config
+from fusiontrain.data.modalities.decoders import to_rgb
+from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.generate.caption import caption
+from fusiontrain.generate.interleave import Piece, interleave
+from fusiontrain.generate.paint import paint
+from fusiontrain.generate.pictures import load_picture
+from fusiontrain.generate.stream import Writing
+from fusiontrain.models.fusion import FusionModel
+
+Picture = np.ndarray | Image.Image | str | Path
+"""[H, W, 3] uint8, an image of Pillow, or a file."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures and texts are made. steps: of denoising. guidance: 1 = none. seed: of noise and of draws. temperature: 0 = the likeliest token."""
+
+    seed: int
+    steps: int
+    guidance: float
+    temperature: float
+    max_new_tokens: int
+
+    @property
+    def writing(self) -> Writing:
+        return Writing(self.max_new_tokens, self.temperature, self.seed)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode, the config it was trained with, its tokenizer, and the folder it came from."""
+
+    model: FusionModel
+    config: Config
+    tokenizer: Tokenizer
+    checkpoint: Path
+
+    def sampling(
+        self,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Sampling:
+        """What is given, and for the rest what the config says."""
+        config = self.config.sample
+        return Sampling(
+            seed=self.config.seed if seed is None else seed,
+            steps=config.steps if steps is None else steps,
+            guidance=config.guidance if guidance is None else guidance,
+            temperature=config.temperature if temperature is None else temperature,
+            max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        )
+
+    def sample(self, prompt: str, *, steps: int | None = None, guidance: float | None = None, seed: int | None = None) -> Image.Image:
+        """A picture of `prompt`. Raises UserError for a model that cannot paint and a prompt that is too long."""
+        return Image.fromarray(self.paint([prompt], self.sampling(steps=steps, guidance=guidance, seed=seed))[0])
+
+    def caption(self, picture: Picture, *, max_new_tokens: int | None = None, temperature: float | None = None, seed: int | None = None) -> str:
+        """What the model says of a picture of any size."""
+        sampling = self.sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return self.captions([_pixels(picture)], sampling)[0]
+
+    def paint(self, prompts: Sequence[str], sampling: Sampling) -> list[np.ndarray]:
+        """A picture [H, W, 3] uint8 of each prompt; the noise of each is keyed by its number."""
+        data = self.config.data
+        return paint(
+            self.model,
+            self.tokenizer,
+            prompts,
+            image=data.image,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            seed=sampling.seed,
+            context=data.sequence_length,
+        )
+
+    def captions(self, pictures: Sequence[np.ndarray], sampling: Sampling) -> list[str]:
+        """A text for each picture [H, W, 3] uint8."""
+        data = self.config.data
+        return caption(self.model, self.tokenizer, pictures, image=data.image, writing=sampling.writing, context=data.sequence_length)
+
+    def interleave(self, prompt: Sequence[Piece], sampling: Sampling, max_images: int) -> list[Piece]:
+        """The document that begins with the texts and pictures of `prompt`, continued: its new texts and pictures."""
+        data = self.config.data
+        return interleave(
+            self.model,
+            self.tokenizer,
+            prompt,
+            image=data.image,
+            writing=sampling.writing,
+            max_images=max_images,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            context=data.sequence_length,
+        )
+
+
+def _pixels(picture: Picture) -> np.ndarray:
+    if isinstance(picture, np.ndarray):
+        return picture
+    return np.asarray(to_rgb(picture)) if isinstance(picture, Image.Image) else load_picture(str(picture))
