@@ -261,7 +261,7 @@ class KernelsConfig(Section):
 
 class MetricsConfig(Section):
     sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        ("tensorboard",), description="where the numbers of the run folder are shown too; wandb and mlflow are extras, set up by their environment variables"
+        ("tensorboard",), description="where the run's numbers are shown too; wandb and mlflow are extras, set up by environment variables of theirs"
     )
 
 
