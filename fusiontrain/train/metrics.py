@@ -35,6 +35,7 @@ GROUPS = {
     "epoch": "progress/epoch",
     "tokens_per_second": "throughput/tokens_per_second",
     "step_seconds": "throughput/step_seconds",
+    "save_seconds": "throughput/save_seconds",
     "data_seconds": "throughput/data_seconds",
     "flops": "throughput/flops",
     "mfu": "throughput/mfu",
