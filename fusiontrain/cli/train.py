@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from fusiontrain.config.load import load
     from fusiontrain.parallel.mesh import process_group, read_ranks
     from fusiontrain.train.build import check_config
+    from fusiontrain.train.checkpoint.base import with_base
     from fusiontrain.train.metrics import close_log, open_log
     from fusiontrain.train.run_lock import only_training_in
     from fusiontrain.train.signals import stop_on_signals
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = load(args.config, [*args.overrides, *([f"checkpoint.resume={args.resume}"] if args.resume else [])])
         prepare(config, ranks)
+        config = with_base(config)
         check_config(config, ranks.world_size)
     except UserError:
         if not ranks.is_main:

@@ -108,9 +108,10 @@ class Saver:
     def _write(self, state: TrainState, values: Mapping[str, Any]) -> str:
         started, config = time.perf_counter(), self._config
         metrics = {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+        base = Path(config.model.base) if config.model.base is not None and config.checkpoint.frozen == "copy" else None
         path = save_checkpoint(
             Path(config.run.dir) / "checkpoints", state, self._tensors, self._identity, to_yaml(config), self._ranks, Retention.of(config.checkpoint),
-            metrics, self._group, self._written.set,
+            metrics, self._group, self._written.set, base,
         )  # fmt: skip
         return f"step {state.step}: saved {path} in {time.perf_counter() - started:.1f} s"
 

@@ -29,7 +29,7 @@ from fusiontrain.utils.errors import UserError
 
 REQUIRED = {
     "step", "loss", "loss/text", "loss/image", "grad_norm", "lr", "tokens", "tokens/text", "tokens/image", "tokens_per_second",
-    "step_seconds", "data_seconds", "flops", "mfu", "memory_gib", "skipped",
+    "step_seconds", "data_seconds", "save_seconds", "flops", "mfu", "memory_gib", "skipped",
 }  # fmt: skip
 TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "save_seconds", "memory_gib", "imbalance/compute_seconds"}
 
@@ -247,12 +247,9 @@ def break_a_weight_after_step_3(config: Config) -> list[str]:
             weight = trainer.tensors["model"]["blocks.0.attention.q.image.weight"].detach()
             (weight.to_local() if hasattr(weight, "to_local") else weight)[0, 0] = math.inf
 
-    with trainer_of(config, Recorder(act)) as trainer:
-        try:
-            trainer.run()
-        except TrainingDiverged as error:
-            return [str(error), *(path.name for path in list_checkpoints(Path(config.run.dir) / "checkpoints"))]
-    return []
+    with trainer_of(config, Recorder(act)) as trainer, pytest.raises(TrainingDiverged) as caught:
+        trainer.run()
+    return [str(caught.value), *(path.name for path in list_checkpoints(Path(config.run.dir) / "checkpoints"))]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -14,6 +14,8 @@ from fusiontrain.train.checkpoint.tensors import TENSOR_FILES, Tensors, alone, q
 from fusiontrain.train.checkpoint.verify import changed, missing_or_short
 from fusiontrain.train.state import TrainState
 
+LARGE = (TENSOR_FILES, ".safetensors")
+
 
 def load_checkpoint(checkpoint: Path, tensors: Tensors, ranks: Ranks) -> TrainState:
     """Read a checkpoint into `tensors` in place, on any number of ranks, and check every file; returns its state.
@@ -24,8 +26,8 @@ def load_checkpoint(checkpoint: Path, tensors: Tensors, ranks: Ranks) -> TrainSt
     """
     manifest = read_manifest(checkpoint)
     files = sorted(manifest["files"].items())
-    small = [file for file in files if not file[0].endswith(TENSOR_FILES)]
-    large = [file for file in files if file[0].endswith(TENSOR_FILES)]
+    small = [file for file in files if not file[0].endswith(LARGE)]
+    large = [file for file in files if file[0].endswith(LARGE)]
     absent = [problem for name, entry in files if (problem := missing_or_short(checkpoint, name, entry))]
     _require_sound(absent or changed(checkpoint, small))
     with ThreadPoolExecutor(1) as pool:

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_objects
+from fusiontrain.train.checkpoint.base import copy_base
 from fusiontrain.train.checkpoint.durable import seal, write_durably
 from fusiontrain.train.checkpoint.folders import clear_leftovers, prune, publish, step_folder
 from fusiontrain.train.checkpoint.manifest import CONFIG, write_manifest
@@ -38,12 +39,14 @@ def save_checkpoint(
     metrics: Mapping[str, float],
     group: dist.ProcessGroup | None = None,
     released: Callable[[], None] = lambda: None,
+    base: Path | None = None,
 ) -> Path:
     """Write `state` and `tensors` of all ranks as one checkpoint, then delete those that `keep` has no reason for.
 
     model: from `model_identity`. metrics: what is known of the step, for the choice of the best. group: of all ranks, the default one if None.
-    released: called when the tensors of this rank may change again, which is before the disk has them. All ranks call this together. Returns the
-    checkpoint's folder. Raises UserError, on all ranks, where one cannot write, such as on a full disk; the checkpoints before it stay as they are.
+    released: called when the tensors of this rank may change again, which is before the disk has them. base: a folder to be copied too.
+    All ranks call this together. Returns the checkpoint's folder. Raises UserError, on all ranks, where one cannot write, such as on a full disk;
+    the checkpoints before it stay as they are.
     """
     final = step_folder(checkpoints, state.step)
     partial = final.with_name(final.name + ".tmp")
@@ -56,7 +59,8 @@ def save_checkpoint(
 
     def finish(files: Mapping[str, Any]) -> None:
         facts = {"model": model, "metrics": metrics, "state": state.to_dict(), "world_size": ranks.world_size}
-        write_manifest(partial, {"files": {**files, **seal([partial / CONFIG, partial / METADATA])}, **facts})
+        shared = seal([partial / CONFIG, partial / METADATA]) | ({} if base is None else copy_base(base, partial))
+        write_manifest(partial, {"files": {**files, **shared}, **facts})
         publish(partial, final)
 
     try:
