@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 from fusiontrain.cli.common import add_config_arguments, add_json_argument, note, print_json
 from fusiontrain.cli.reporters import SilentReporter, make_reporter
 from fusiontrain.utils.orphans import die_with_parent
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""Reading never fails like this, so it is the run folder."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0 when the run is done or stopped on request after a save, 1 when it diverged; UserError for bad input."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    logging.raiseExceptions = False  # a log on a full disk must not fill the terminal: the run will end with a sentence
     from fusiontrain.cli.first_use import prepare
     from fusiontrain.config.load import load
     from fusiontrain.parallel.mesh import process_group, read_ranks
@@ -58,6 +64,7 @@ def _train(config: Any, ranks: Any, stop: Any, as_json: bool) -> int:
     from fusiontrain.train.progress import Progress
     from fusiontrain.train.trainer import TrainingDiverged
     from fusiontrain.train.watchdog import Watchdog
+    from fusiontrain.utils.errors import UserError
 
     reporter, progress, folder = make_reporter(ranks.is_main), Progress(), Path(config.run.dir)
 
@@ -71,6 +78,10 @@ def _train(config: Any, ranks: Any, stop: Any, as_json: bool) -> int:
         except TrainingDiverged as error:
             reporter.event(f"error: {error}")
             return 1
+        except OSError as error:
+            if error.errno in CANNOT_WRITE:
+                raise UserError(f"{folder}: cannot be written ({error.strerror}): the checkpoints there stand; make room and run the same command again") from error
+            raise
         finally:
             reporter.finished()
     if ranks.is_main and as_json:

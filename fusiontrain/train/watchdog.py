@@ -6,6 +6,7 @@ ends a training that hangs with a sentence that names the ranks that the others 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -69,7 +70,6 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.logs.mkdir(parents=True, exist_ok=True)
         self._write()
         self._thread.start()
         return self
@@ -80,7 +80,8 @@ class Watchdog:
         if error is not None and self.ranks.world_size > 1:
             self._write(failure=_first_line(error))
         else:
-            status_path(self.logs, self.ranks.rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                status_path(self.logs, self.ranks.rank).unlink(missing_ok=True)
 
     def end_if_lost(self, error: Exception) -> None:
         """Called by the training where it failed: ends the process with a sentence if other ranks are why, returns where `error` is this rank's own."""
@@ -105,8 +106,8 @@ class Watchdog:
         while not self._over.is_set():
             try:
                 self._once(self._signals())
-            except OSError:  # a full or absent disk: the training itself will say so
-                logger.exception("watchdog")
+            except OSError:
+                logger.exception("a report cannot be written")
                 self._over.wait(POLL_SECONDS)
 
     def _once(self, numbers: set[int]) -> None:
@@ -192,7 +193,8 @@ class Watchdog:
             self._tick, self._written = self._tick + 1, time.monotonic()
             where = (progress.step, progress.phase, progress.phase_seconds())
             status = Status(self.ranks.rank, self.host, os.getpid(), self._started, self._tick, *where, *self._collectives, failure)
-            write_status(self.logs, status)
+            with contextlib.suppress(OSError):  # a full or absent disk: the training itself will say so
+                write_status(self.logs, status)
         return status
 
     def _requested_at(self) -> int:
