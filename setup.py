@@ -51,10 +51,12 @@ setup(
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
         "vae": ["diffusers"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny>=3"],
         "bench": ["megatron-energon"],
         "dev": [
-            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "moto[s3]", "mypy", "pyarrow", "pytest",
-            "pytest-xdist", "ruff", "s3fs", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML",
+            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "mlflow-skinny>=3", "moto[s3]", "mypy",
+            "pyarrow", "pyte", "pytest", "pytest-xdist", "ruff", "s3fs", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML", "wandb",
         ],
     },
 )

@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fusiontrain.cli.common import add_json_argument, print_json
+from fusiontrain.config.schema import SampleConfig
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SHEET = "contact-sheet.png"
 RECORD = "samples.json"
+SAMPLERS = get_args(SampleConfig.model_fields["sampler"].annotation)
 
 
 class _InOrder(argparse.Action):
@@ -44,6 +46,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none (default: the config's)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the config's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="of pictures (default: the config's)")
+    parser.add_argument("--eta", type=float, help="of --sampler ddim: 0 draws no noise, 1 as much as ddpm (default: the config's)")
     parser.add_argument("--seed", type=int, help="of noise and of text drawn at a temperature (default: the config's)")
     parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
@@ -92,11 +96,13 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be a number of at least {least}")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        raise UserError(f"sample: --eta {args.eta}: must be a number from 0 to 1")
 
 
 def _sampling(args: argparse.Namespace, trained: Trained) -> Sampling:
     """What the options leave open comes from the config that the model was trained with."""
-    names = ("seed", "steps", "guidance", "temperature", "max_new_tokens")
+    names = ("seed", "steps", "guidance", "sampler", "eta", "temperature", "max_new_tokens")
     return trained.sampling(**{name: getattr(args, name) for name in names})
 
 

@@ -36,7 +36,7 @@ class ModelConfig(Section):
     separation: Literal["dense", "shallow", "deep"] = Field(
         "deep", description="lmfusion: what is per modality: nothing, FFN and its norm, or attention too (the paper's choice)"
     )
-    freeze_text: bool = Field(True, description="lmfusion: text weights keep the base's values (learning-rate ratio 0)")
+    freeze_text: bool = Field(True, description="lmfusion: text weights, and those that images share with it, never change (the paper's learning-rate ratio 0)")
     untied: tuple[Literal["ffn", "qkv", "o", "norms"], ...] = Field(
         ("ffn", "qkv", "o", "norms"), description="mot: the parts that are per modality; the paper's model unties all"
     )
@@ -102,6 +102,7 @@ class ImageDataConfig(Section):
     )
     codebook_size: int | None = Field(None, ge=1, description="codes: one more than the largest; model.vocab_size holds the tokenizer's tokens and these")
     channels: int = Field(3, ge=1, description="3 for pixels; the latent's channels otherwise")
+    attention: Literal["bidirectional", "causal"] = Field("bidirectional", description="patches see all of their image, or those before them (Transfusion T5)")
     image_first_noise_cap: float = Field(
         0.5, ge=0, le=1, description="largest noise level of an image that opens its document (Transfusion T8); 0 = clean, no image loss"
     )
@@ -166,9 +167,13 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     text_weight: float = Field(1.0, ge=0)
     speech_weight: float = Field(1.0, ge=0)
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log of the softmax's denominator in the text loss of training (Chameleon: 1e-5)")
     image_weight: float = Field(5.0, ge=0, description="lambda of Transfusion 4.1; codes are tokens like any other and have 1")
     image: Literal["ddpm", "flow_matching"] = Field(
         "ddpm", description="ddpm: predict the noise, cosine schedule (the papers); flow_matching: predict the velocity"
+    )
+    prediction: Literal["eps", "v", "x0"] = Field(
+        "eps", description="ddpm: predict the noise (the papers), v, or the image; weights of its squared error: SNR, SNR + 1, 1"
     )
     num_timesteps: int = Field(1000, ge=2, description="ddpm: steps of the noise schedule")
     time_shift: float = Field(1.0, gt=0, description="flow_matching: s in t' = s t / (1 + (s - 1) t); > 1 trains more on high noise")
@@ -176,6 +181,9 @@ class ObjectiveConfig(Section):
 
 class OptimizerConfig(Section):
     learning_rate: float = Field(1e-4, gt=0)
+    text_learning_rate_ratio: float = Field(
+        1.0, ge=0, description="lmfusion with model.freeze_text=false: rate of all but the image side (LMFusion 5.1: 0.1 and 1; its 0 is freeze_text)"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -253,7 +261,7 @@ class KernelsConfig(Section):
 
 class MetricsConfig(Section):
     sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        ("tensorboard",), description="where the numbers of the run folder are shown too; wandb and mlflow are extras, set up by their environment variables"
+        ("tensorboard",), description="where the run's numbers are shown too; wandb and mlflow are extras, set up by environment variables of theirs"
     )
 
 
@@ -282,6 +290,10 @@ class SampleConfig(Section):
     every_steps: int | None = Field(1000, ge=1, description="and after the last step; null for never")
     prompts: tuple[str, ...] = ()
     steps: int = Field(250, ge=1, description="denoising steps")
+    sampler: Literal["auto", "ddpm", "ddim", "euler", "heun"] = Field(
+        "auto", description="of pictures; auto: ddpm with objective.image=ddpm, else euler; heun asks the model twice a step, for an error of second order"
+    )
+    ddim_eta: float = Field(0.0, ge=0, le=1, description="sampler ddim: share of ddpm's noise; 0 draws none")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 = none")
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.0, ge=0, description="of text; 0 = most likely token")

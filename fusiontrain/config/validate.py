@@ -270,6 +270,12 @@ def _train(config: Config) -> Iterator[Problem]:
 
 def _optimizer(config: Config) -> Iterator[Problem]:
     optimizer, steps = config.optimizer, config.train.steps
+    ratio, trains_text = optimizer.text_learning_rate_ratio, config.model.recipe == "lmfusion" and not config.model.freeze_text
+    if ratio == 0:
+        yield Problem("optimizer.text_learning_rate_ratio", "is 0; text that does not learn is model.freeze_text=true, which also spares its gradients")
+    elif ratio != 1 and not trains_text:
+        why = "the text is frozen (set model.freeze_text=false)" if config.model.recipe == "lmfusion" else "only the lmfusion recipe has two rates"
+        yield Problem("optimizer.text_learning_rate_ratio", f"is {ratio:g}, but {why}; set it to 1")
     if optimizer.warmup_steps > steps:
         yield Problem("optimizer.warmup_steps", f"{optimizer.warmup_steps} is more than train.steps={steps}; lower it")
     if optimizer.final_learning_rate > optimizer.learning_rate:
@@ -286,6 +292,8 @@ def _sampling(config: Config) -> Iterator[Problem]:
             yield Problem(f"sample.prompts.{index}", "is empty; write a prompt or take it out")
     if not uses_images(config):
         return
+    if objective.image != "ddpm" and objective.prediction != "eps":
+        yield Problem("objective.prediction", f"is {objective.prediction}, but flow_matching predicts the velocity in any case; set it to eps")
     if objective.image == "ddpm" and sample.steps > objective.num_timesteps:
         yield Problem("sample.steps", f"{sample.steps} is more than objective.num_timesteps={objective.num_timesteps}; lower it")
     if sample.prompts and sample.guidance != 1 and config.data.condition_dropout == 0:

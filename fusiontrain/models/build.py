@@ -74,11 +74,12 @@ def _construct(config: Config, device: torch.device, parameters_on: torch.device
             shape,
             recipe,
             kernels,
-            text_objective=NextToken(kernels.cross_entropy),
+            text_objective=NextToken(kernels.cross_entropy, config.objective.z_loss),
             image=image,
             image_objective=image_objective,
             image_channels=channels,
             image_input_scale=config.model.image.input_scale,
+            images_causal=config.data.image.attention == "causal",
             codec=codec,
         )
     for name in model.plan().frozen:
@@ -95,5 +96,5 @@ def _patcher(config: Config, patch_dim: int, channels: int, dim: int) -> Patcher
 
 def _image_objective(config: Config) -> Ddpm | FlowMatching:
     if config.objective.image == "ddpm":
-        return Ddpm(config.objective.num_timesteps)
+        return Ddpm(config.objective.num_timesteps, config.objective.prediction)
     return FlowMatching(config.objective.time_shift)

@@ -23,7 +23,7 @@ from fusiontrain.models.layers.size import num_products
 from fusiontrain.models.layers.untied import UntiedLinear
 from fusiontrain.types import PADDING_DOC_ID, Batch
 
-PROJECTIONS, ATTENTION, FEED_FORWARD, HEAD, PATCHER = "attention projections", "attention", "feed-forward", "LM head", "patcher"
+PROJECTIONS, ATTENTION, FEED_FORWARD, HEAD, PATCHER = "attention projections", "attention", "feed-forward", "LM head and loss", "patcher"
 
 
 class Part(NamedTuple):

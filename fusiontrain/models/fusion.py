@@ -59,12 +59,13 @@ class FusionModel(nn.Module):
         image_objective: Any = None,
         image_channels: int = 0,
         image_input_scale: float = 1.0,
+        images_causal: bool = False,
         codec: LatentCodec | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.recipe, self.kernels = shape, recipe, kernels
         self.image_channels, self.codec = image_channels, codec
-        self.image_input_scale = image_input_scale
+        self.image_input_scale, self.images_causal = image_input_scale, images_causal
         self.text = TextModality(shape.vocab_size, shape.dim, shape.tie_embeddings)
         self.image = image
         self.rotary = RotaryEmbedding(shape.head_dim, shape.rope_theta, shape.rope_scaling)
@@ -223,7 +224,7 @@ class FusionModel(nn.Module):
         image_ids = torch.arange(batch, device=values.device).repeat_interleave(num_patches)
         x, state = self._image_rows(values.flatten(0, 1), levels, image_ids, (grid,) * batch)
         lengths = torch.full_like(cache.lengths, num_patches)
-        hidden = self._decode(x, IMAGE.id, cache, num_patches, lengths, causal=False)
+        hidden = self._decode(x, IMAGE.id, cache, num_patches, lengths, causal=self.images_causal)
         if commit:
             cache.advance(lengths)
         return self.image.decode(hidden, state).unflatten(0, (batch, num_patches))

@@ -11,7 +11,7 @@ import torch
 
 from fusiontrain.config.schema import SourceConfig
 from fusiontrain.data.storage.shard import PIPE, shown_source
-from fusiontrain.modality import MODALITIES, MODALITY_NAMES, Modality
+from fusiontrain.modality import MODALITY_NAMES
 from fusiontrain.types import IGNORE_INDEX, Batch, LossTerm
 
 NUM_COUNTS = 2 + len(MODALITY_NAMES)
@@ -62,16 +62,16 @@ def count_by_source(batch: Batch, sources: Sequence[str]) -> np.ndarray:
     """Documents, tokens, and targets of each modality, [2 + M, sources] int64, of a batch on the CPU."""
     of_document = source_numbers(batch, sources)
     of_row = of_document[batch.doc_ids.numpy()]
-    counts = [of_document[:-1], of_row, *(_of_targets(batch, of_row, modality) for modality in MODALITIES)]
+    counts = [of_document[:-1], of_row, *(_of_targets(batch, name, of_row) for name in MODALITY_NAMES)]
     return np.stack([np.bincount(numbers, minlength=len(sources) + 1)[: len(sources)] for numbers in counts])
 
 
-def _of_targets(batch: Batch, of_row: np.ndarray, modality: Modality) -> np.ndarray:
-    """The source of each target of a modality: of its labels, or of its images."""
-    payload = batch.payloads.get(modality.name)
+def _of_targets(batch: Batch, name: str, of_row: np.ndarray) -> np.ndarray:
+    """The source of every target of a modality: an image, or a label."""
+    payload = batch.payloads.get(name)
     if payload is None:
-        return of_row[(batch.labels.numpy() != IGNORE_INDEX) & (batch.label_modality_ids.numpy() == modality.id)]
-    first_rows = np.unique(payload.image_ids.numpy(), return_index=True)[1] + batch.modality_bounds[modality.id]
+        return of_row[(batch.labels.numpy() != IGNORE_INDEX) & (batch.label_modality_ids.numpy() == MODALITY_NAMES.index(name))]
+    first_rows = np.unique(payload.image_ids.numpy(), return_index=True)[1] + batch.modality_bounds[MODALITY_NAMES.index(name)]
     return of_row[first_rows[payload.is_target.numpy()]]
 
 

@@ -9,15 +9,14 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.paint import paint
-from fusiontrain.generate.pictures import contact_sheet
 from fusiontrain.modality import MODALITY_NAMES, table_of
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.reduce import sum_tensor
@@ -53,21 +52,22 @@ def validation_losses(
     return {m.name: sums_of[m.name] / targets[m.name] if targets[m.name] else math.nan for m in table_of(names)}
 
 
-def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config, between: Callable[[], None] = lambda: None) -> Image.Image:
-    """One sheet with a picture of every prompt of the config, in their order. All ranks call this together.
+def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+    """A picture of every prompt of the config, in their order, [H, W, 3] uint8. All ranks call this together.
 
     between: called before every denoising step; what it raises ends the painting.
     """
     sample = config.sample
-    pictures = paint(
+    return paint(
         model,
         tokenizer,
         sample.prompts,
         image=config.data.image,
         steps=sample.steps,
         guidance=sample.guidance,
+        sampler=sample.sampler,
+        eta=sample.ddim_eta,
         seed=config.seed,
         context=config.data.sequence_length,
         between=between,
     )
-    return contact_sheet(pictures, sample.prompts)

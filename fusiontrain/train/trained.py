@@ -26,11 +26,14 @@ Picture = np.ndarray | Image.Image | str | Path
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures and texts are made. steps: of denoising. guidance: 1 = none. seed: of noise and of draws. temperature: 0 = the likeliest token."""
+    """How pictures and texts are made. steps: of denoising. guidance: 1 = none. eta: of the sampler ddim. seed: of noise and of draws. temperature:
+    0 = the likeliest token."""
 
     seed: int
     steps: int
     guidance: float
+    sampler: str
+    eta: float
     temperature: float
     max_new_tokens: int
 
@@ -54,6 +57,8 @@ class Trained:
         seed: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
         temperature: float | None = None,
         max_new_tokens: int | None = None,
     ) -> Sampling:
@@ -63,6 +68,8 @@ class Trained:
             seed=self.config.seed if seed is None else seed,
             steps=config.steps if steps is None else steps,
             guidance=config.guidance if guidance is None else guidance,
+            sampler=config.sampler if sampler is None else sampler,
+            eta=config.ddim_eta if eta is None else eta,
             temperature=config.temperature if temperature is None else temperature,
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
@@ -86,6 +93,8 @@ class Trained:
             image=data.image,
             steps=sampling.steps,
             guidance=sampling.guidance,
+            sampler=sampling.sampler,
+            eta=sampling.eta,
             seed=sampling.seed,
             context=data.sequence_length,
         )
@@ -125,6 +134,8 @@ class Trained:
             max_images=max_images,
             steps=sampling.steps,
             guidance=sampling.guidance,
+            sampler=sampling.sampler,
+            eta=sampling.eta,
             context=data.sequence_length,
         )
 

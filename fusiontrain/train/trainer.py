@@ -26,11 +26,13 @@ from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
-from fusiontrain.parallel.reduce import gather_bytes, gather_floats
+from fusiontrain.parallel.reduce import gather_bytes
 from fusiontrain.train.bad_steps import PASSED_OVER, Action, Verdict, is_passed_over, judge, remember
+from fusiontrain.train.by_source import source_labels
 from fusiontrain.train.checkpoint import Tensors
 from fusiontrain.train.devices import peak_flops
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
+from fusiontrain.train.gradients import modality_groups
 from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib
 from fusiontrain.train.optim import set_learning_rate
 from fusiontrain.train.progress import Progress
@@ -39,6 +41,7 @@ from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.state import TrainState
 from fusiontrain.train.step import NOTHING_DONE, StepCounts, StepResult, global_counts, objective_weights, train_step
+from fusiontrain.train.step_values import StepTotals, gather_totals, step_values
 from fusiontrain.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -61,19 +64,6 @@ class Reporter(Protocol):
 
     def event(self, text: str) -> None:
         """What happens now and then: an evaluation, a checkpoint, a skipped update."""
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """Numbers of one step that ranks measure for themselves. Times in seconds, memory in GiB: of the rank with the most."""
-
-    stop_requested: bool
-    save_failed: bool
-    save_seconds: float
-    skipped_samples: int
-    memory_gib: float
-    data_seconds: float
-    step_seconds: float
 
 
 @dataclass
@@ -103,6 +93,9 @@ class Trainer:
     def __post_init__(self) -> None:
         # Indexing counts its bad samples again in every process; a resumed run has them in its state already.
         self._counted_before = self.loader.skipped if self.state.step else 0
+        self._modalities = tuple(modality.name for modality in table_of(self.config.data.modalities))
+        self._sources = source_labels(self.config.data.sources)
+        self._groups = modality_groups(dict(self.model.named_parameters()))
         self._saver = Saver(self.config, self.ranks, self.tensors, self.identity, self.optimizer, self.reporter.event)
 
     def run(self) -> bool:
@@ -112,14 +105,14 @@ class Trainer:
         batches = self.loader.iterate(LoaderState.from_dict(self.state.data) if self.state.data else self.state.step)
         skipped_before = self.state.skipped_samples
         while self.state.step < config.train.steps and not stopping:
-            started = time.perf_counter()
+            started, computed = time.perf_counter(), time.process_time()
             self.progress.enter("data", self.state.step + 1)
             micro_batches, data_state = next(batches)
             waited = time.perf_counter() - started
             rate = learning_rate(self.state.step + 1, config.optimizer, config.train.steps)
             counts, result, verdict = self._step(micro_batches, rate)
             self.progress.enter("agreement")
-            totals = self._gather_totals(waited, time.perf_counter() - started)
+            totals = self._gather_totals(waited, time.perf_counter() - started, time.process_time() - computed, counts)
             history = remember(self.state.history, result, config.train.spike_window)
             self.state = next_state(self.state, data_state.to_dict(), counts, verdict, history, skipped_before + totals.skipped_samples)
             if verdict.reason:
@@ -149,6 +142,7 @@ class Trainer:
             self.validation_loader.close()
         if self.writer is not None:
             self.writer.close()
+            self._tell_news(self.writer)
         if self.zero is not None:
             self.zero.close()
 
@@ -159,7 +153,7 @@ class Trainer:
             return *NOTHING_DONE, PASSED_OVER
         self.progress.enter("forward and backward")
         flops = sum(sum(count_flops(self.model, batch).values()) for batch in micro_batches)
-        counts = global_counts(micro_batches, flops)
+        counts = global_counts(micro_batches, flops, tuple(self._sources))
         set_learning_rate(self.optimizer, rate)
         weights = objective_weights(config.objective)
         clip, world = config.optimizer.clip_norm, self.ranks.world_size
@@ -170,7 +164,7 @@ class Trainer:
             verdicts.append(judge(result, self.state.history, config.train))
             return verdicts[-1].action is Action.UPDATE
 
-        result = train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device, accept, self.zero)
+        result = train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device, accept, self.zero, self._groups)
         return counts, result, verdicts[-1]
 
     def _report_bad_step(self, verdict: Verdict, result: StepResult, micro_batches: Sequence[Batch]) -> None:
@@ -188,38 +182,15 @@ class Trainer:
                 "resume with train.skip_steps, data.from_step or train.spike=skip"
             )
 
-    def _gather_totals(self, data_seconds: float, step_seconds: float) -> StepTotals:
-        """One small all-gather, which is also where all ranks agree to stop after the same step."""
+    def _gather_totals(self, data_seconds: float, step_seconds: float, compute_seconds: float, counts: StepCounts) -> StepTotals:
         skipped = self.loader.skipped - self._counted_before
-        mine = (float(bool(self.stop)), *self._saver.look(), skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
-        stops, failed, stalls, all_skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
-        return StepTotals(any(stops), any(failed), max(stalls), int(sum(all_skipped)), max(memory), max(waits), max(seconds))
+        saving = self._saver.look()
+        return gather_totals(bool(self.stop), *saving, skipped, memory_gib(self.ranks.device), data_seconds, step_seconds, compute_seconds, counts)
 
     def _values(self, counts: StepCounts, result: StepResult, totals: StepTotals, rate: float) -> dict[str, Any]:
         """The step's line in metrics.jsonl."""
-        tokens, seconds = sum(counts.tokens.values()), totals.step_seconds
         peak = peak_flops(self.ranks.device, self.config.parallel.precision)
-        names = [modality.name for modality in table_of(self.config.data.modalities)]
-        return {
-            "step": self.state.step,
-            "loss": result.loss,
-            **{f"loss/{name}": result.losses[name] for name in names},
-            "grad_norm": result.grad_norm,
-            "lr": rate,
-            "tokens": tokens,
-            **{f"tokens/{name}": counts.tokens[name] for name in names},
-            **{f"targets/{name}": counts.targets[name] for name in names},
-            "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": totals.data_seconds,
-            "save_seconds": totals.save_seconds,
-            "flops": counts.flops,
-            "mfu": counts.flops / seconds / (peak * self.ranks.world_size) if peak else None,
-            "memory_gib": totals.memory_gib,
-            "skipped": self.state.skipped_samples,
-            "skipped_steps": self.state.skipped_steps,
-            **{key: self.state.data[key] for key in ("epoch",) if key in self.state.data},
-        }
+        return step_values(self.state, counts, result, totals, rate, self._sources, self._modalities, peak * self.ranks.world_size if peak else None)
 
     def _publish(self, values: dict[str, Any]) -> None:
         due = self._due(self.config.train.log_every_steps) or self.state.step == 1
@@ -230,11 +201,16 @@ class Trainer:
             self.reporter.event(f"step {values['step']}: every gradient is zero: {why}")
         findings = self._gather_findings()
         if self.writer is not None:
-            values |= self.writer.bad_samples(findings)
+            values |= self.writer.bad_samples(findings) | {"sink_failures": self.writer.sinks.failures}
             self.writer.write(values)
             if due or any(key.startswith("validation/") for key in values):
                 self.writer.board(values)
+            self._tell_news(self.writer)
         self.reporter.step(values, due)
+
+    def _tell_news(self, writer: MetricsWriter) -> None:
+        for text in writer.sinks.news():
+            self.reporter.event(text)
 
     def _gather_findings(self) -> list[dict[str, Any]]:
         """The bad samples of this step on all ranks, in order of rank."""
@@ -265,13 +241,13 @@ class Trainer:
         self.progress.enter("sample")
         try:
             with self._whole_root():
-                sheet = paint_prompts(self.model, self.tokenizer, config, self._between)
+                pictures = paint_prompts(self.model, self.tokenizer, config, self._between)
         except BreakOff:
             return
         finally:
             free_gathered(self.model)
         if self.writer is not None:
-            path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
+            path = self.writer.pictures(self.state.step, config.sample.prompts, pictures)
             self.reporter.event(f"step {self.state.step}: samples in {path}")
 
     def _between(self) -> None:

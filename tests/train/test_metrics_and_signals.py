@@ -8,6 +8,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -45,7 +46,7 @@ def test_tensorboard_groups_scalars_and_shows_pictures_with_prompts(tmp_path: Pa
 
     writer = MetricsWriter(tmp_path, 0)
     writer.board({"step": 2, "loss": 1.5, "loss/image": float("nan"), "tokens_per_second": 3.0, "validation/text": 2.5, "mfu": None})
-    path = writer.pictures(2, ["a *red* circle"], Image.new("RGB", (6, 4), (255, 0, 0)))
+    path = writer.pictures(2, ["a *red* circle"], [np.zeros((4, 6, 3), np.uint8)])
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"loss/total", "throughput/tokens_per_second", "validation/text"}
@@ -53,7 +54,7 @@ def test_tensorboard_groups_scalars_and_shows_pictures_with_prompts(tmp_path: Pa
     assert events.Tags()["images"] == ["samples/pictures"]
     text = events.Tensors("samples/prompts/text_summary")[0].tensor_proto.string_val[0]
     assert b"a *red* circle" in text
-    assert path == tmp_path / "samples/step-00000002/grid.png" and Image.open(path).size == (6, 4)
+    assert path == tmp_path / "samples/step-00000002/grid.png" and Image.open(path).size[0] > 100
 
 
 def test_every_rank_has_a_log_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

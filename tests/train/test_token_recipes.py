@@ -55,7 +55,7 @@ def train(config: Config) -> dict[str, torch.Tensor | None]:
 
 
 def losses(config: Config) -> list[float]:
-    return [row["loss"] for row in read_metrics(Path(config.run.dir)) if "loss" in row]
+    return [row["loss"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -63,7 +63,7 @@ def test_it_learns_and_ends_the_same_resumed_and_on_two_ranks(world, recipe):
     whole = config_of(world, recipe, f"{recipe}/whole")
     expected, found = train(whole), losses(whole)
     assert len(found) == STEPS and found[-1] < 0.9 * found[0]
-    last = read_metrics(Path(whole.run.dir))[-1]
+    last = read_metrics(Path(whole.run.dir) / "metrics.jsonl")[-1]
     names = {"text", "image", "speech"} if "speech" in whole.data.modalities else {"text", "image"}
     assert {key.removeprefix("tokens/") for key in last if key.startswith("tokens/")} >= names and all(last[f"loss/{name}"] > 0 for name in names)
 

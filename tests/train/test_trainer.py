@@ -31,7 +31,7 @@ REQUIRED = {
     "step", "loss", "loss/text", "loss/image", "grad_norm", "lr", "tokens", "tokens/text", "tokens/image", "tokens_per_second",
     "step_seconds", "data_seconds", "flops", "mfu", "memory_gib", "skipped",
 }  # fmt: skip
-TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "save_seconds", "memory_gib"}
+TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "save_seconds", "memory_gib", "imbalance/compute_seconds"}
 
 
 def train(config: Config, signal_at: int = 0, signal_rank: int = 0) -> tuple[bool, dict[str, torch.Tensor | None], list[str]]:
