@@ -111,6 +111,9 @@ Result = tuple[list[dict[str, Any]], list["np.ndarray"], list[str]]
 
 
 def _paint(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
+    if trained.writes_codes:
+        images = trained.paint_codes(prompts, _sampling(args, trained))
+        return [{"prompt": prompt, "codes": codes} for prompt, codes in zip(prompts, images, strict=True)], [], []
     pictures = trained.paint(prompts, _sampling(args, trained))
     return [{"prompt": prompt, "file": _file(number)} for number, prompt in enumerate(prompts)], pictures, list(prompts)
 
@@ -122,6 +125,12 @@ def _caption(args: argparse.Namespace, trained: Trained, pictures: Sequence[np.n
 
 
 def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any]) -> Result:
+    if trained.writes_codes:
+        if any(kind == "image" for kind, _ in args.pieces):
+            raise UserError("sample: this model reads codes, which nothing here makes of a picture: give --prompt alone")
+        written = trained.write_document(prompt, _sampling(args, trained), args.max_images)
+        found = [{"text": piece} if isinstance(piece, str) else {"codes": piece} for piece in written]
+        return [{"prompt": [{kind: value} for kind, value in args.pieces], "pieces": found}], [], []
     produced = trained.interleave(prompt, _sampling(args, trained), args.max_images)
     pieces: list[dict[str, str]] = []
     pictures: list[np.ndarray] = []
@@ -179,9 +188,13 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     lines = []
     for sample in record["samples"]:
         if record["mode"] == "paint":
-            lines.append(f"{out / sample['file']}: {sample['prompt']}")
+            lines.append(f"{out / sample['file'] if 'file' in sample else _codes(sample)}: {sample['prompt']}")
         elif record["mode"] == "caption":
             lines.append(f"{sample['image']}: {sample['text']}")
         else:
-            lines += [str(out / piece["file"]) if "file" in piece else piece["text"] for piece in sample["pieces"]]
+            lines += [str(out / piece["file"]) if "file" in piece else piece.get("text") or _codes(piece) for piece in sample["pieces"]]
     return "\n".join([*lines, f"written to {out}: {RECORD}" + (f", {SHEET}" if (out / SHEET).exists() else "")])
+
+
+def _codes(image: dict[str, Any]) -> str:
+    return f"{len(image['codes'])} codes in {RECORD}"

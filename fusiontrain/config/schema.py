@@ -96,7 +96,7 @@ class ImageDataConfig(Section):
     size: int = Field(256, ge=4, description="side of a picture in pixels; resize: native: of those that sampling paints; latents and codes stay as they lie")
     min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
     max_tokens: int = Field(1024, ge=1, description="resize: native: patches that a larger picture is scaled down to")
-    patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
+    patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells; of what one code stands for, in sampling")
     representation: Literal["pixels", "latents", "codes"] = Field(
         "pixels", description="latents: .latent.npy members [C, H, W]; codes: .vq.npy members [h, w], which are tokens behind those of the tokenizer"
     )

@@ -13,6 +13,7 @@ from fusiontrain.config.schema import Config
 from fusiontrain.data.modalities.decoders import to_rgb
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.caption import caption
+from fusiontrain.generate.codes import code_space, paint_codes, write_document
 from fusiontrain.generate.interleave import Piece, interleave
 from fusiontrain.generate.paint import paint
 from fusiontrain.generate.pictures import load_picture
@@ -97,6 +98,24 @@ class Trained:
             seed=sampling.seed,
             context=data.sequence_length,
         )
+
+    @property
+    def writes_codes(self) -> bool:
+        """Whether the model's images are codes, which it writes as it writes text."""
+        return self.config.data.image.representation == "codes" and "image" in self.config.data.modalities
+
+    def paint_codes(self, prompts: Sequence[str], sampling: Sampling) -> list[list[int]]:
+        """The codes of an image of each prompt, in raster order. Raises UserError for a model of patches."""
+        codes, context = code_space(self.config, self.tokenizer), self.config.data.sequence_length
+        return paint_codes(self.model, self.tokenizer, prompts, codes=codes, writing=sampling.writing, context=context).tolist()
+
+    def write_document(self, prompt: Sequence[str], sampling: Sampling, max_images: int) -> list[str | list[int]]:
+        """The document that begins with the texts of `prompt`, continued: its new texts and the codes of its new images."""
+        codes, context = code_space(self.config, self.tokenizer), self.config.data.sequence_length
+        pieces = write_document(
+            self.model, self.tokenizer, prompt, codes=codes, writing=sampling.writing, max_images=max_images, context=context
+        )
+        return [piece if isinstance(piece, str) else piece.tolist() for piece in pieces]
 
     def captions(self, pictures: Sequence[np.ndarray], sampling: Sampling) -> list[str]:
         """A text for each picture [H, W, 3] uint8."""
