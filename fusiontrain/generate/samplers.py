@@ -66,6 +66,7 @@ def euler_step(
 def heun_step(
     path: GaussianPath, look: Look, x: torch.Tensor, level: torch.Tensor, next_level: torch.Tensor, draw: Draw, eta: float
 ) -> torch.Tensor:
+    """Along Euler's step to look, and from where it began along the mean of both looks."""
     time = beside(path.clock(next_level) - path.clock(level), x)
     velocity = path.velocity(*look(x, level), level)
     ahead = x + time * velocity

@@ -4,6 +4,7 @@ Llama with norms of its own, are read."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -134,9 +135,8 @@ def llama_slices(model: FusionModel, folder: str) -> dict[str, Stored]:
 
 
 def _flat(tensor: Stored) -> Stored:
-    """A small tensor, read now, as one of a single dim."""
-    values = tensor.rows(0, tensor.shape[0]).flatten()
-    return replace(tensor, shape=tuple(values.shape), slices=values)
+    """The same bytes, as a tensor of a single dim."""
+    return replace(tensor, shape=(math.prod(tensor.shape),))
 
 
 def _is_superfluous(model: FusionModel, llama_name: str) -> bool:
