@@ -203,7 +203,8 @@ def test_the_unet_is_counted_from_its_shapes_forward_and_backward(tmp_path):
     with backward:
         terms["image"].sum.backward()
     convolutions = backward.get_flop_counts()["Global"][torch.ops.aten.convolution_backward]
-    linears = sum(2 * 3 * layer.weight.numel() * 2 for layer in model.image.modules() if layer is not model.image.timestep.up and layer_is_per_image(layer, model))
+    per_image = [layer for layer in model.image.modules() if layer_is_per_image(layer, model) and layer is not model.image.timestep.up]
+    linears = sum(2 * 3 * layer.weight.numel() * 2 for layer in per_image)
     linears += 2 * 20 * 2 * 8 * 32 * 2 + 2 * 3 * 256 * 8  # tokens in and out; the first layer of the timestep
     assert counted.backward == convolutions + linears
 
