@@ -43,15 +43,15 @@ class Label:
 class Moment:
     """A stretch of a thread in which nothing changes. operator: the innermost one that works, "" where none does."""
 
-    start: float
-    end: float
+    start: int
+    end: int
     label: Label | None
     operator: str
 
 
 @dataclass
 class _Frame:
-    end: float
+    end: int
     label: Label | None
     operator: str
     in_backward: bool
@@ -63,16 +63,16 @@ class _Thread:
 
     moments: list[Moment] = field(default_factory=list)
     stack: list[_Frame] = field(default_factory=list)
-    now: float = 0.0
+    now: int = 0
 
-    def until(self, time: float) -> None:
+    def until(self, time: int) -> None:
         """Let time pass, and close what ends meanwhile."""
         while self.stack and self.stack[-1].end <= time:
             self._pass(self.stack[-1].end)
             self.stack.pop()
         self._pass(time)
 
-    def _pass(self, time: float) -> None:
+    def _pass(self, time: int) -> None:
         if time > self.now:
             if self.stack:
                 self.moments.append(Moment(self.now, time, self.stack[-1].label, self.stack[-1].operator))
@@ -94,7 +94,7 @@ class Host:
         self.moments: Mapping[object, list[Moment]] = {name: thread.moments for name, thread in threads.items()}
         self._starts = {name: [moment.start for moment in moments] for name, moments in self.moments.items()}
 
-    def at(self, thread: object, time: float) -> Moment | None:
+    def at(self, thread: object, time: int) -> Moment | None:
         """What a thread was at; None where it was at nothing."""
         place = bisect.bisect_right(self._starts.get(thread, []), time) - 1
         moment = self.moments[thread][place] if place >= 0 else None
@@ -102,9 +102,9 @@ class Host:
 
     def _enter(self, thread: _Thread, event: Event) -> None:
         thread.until(event.start)
-        if thread.stack and event.end > thread.stack[-1].end + 2e-9:
+        if thread.stack and event.end > thread.stack[-1].end:
             return  # it does not nest: something that runs beside the thread
-        outer = thread.stack[-1] if thread.stack else _Frame(0.0, None, "", False)
+        outer = thread.stack[-1] if thread.stack else _Frame(0, None, "", False)
         label = self._label(event, outer)
         if event.sequence >= 0 and not event.backward and not outer.in_backward and event.thread == self._main and label is not None:
             self._made_by[event.sequence] = label  # of several with one number the last made the node: the others made none

@@ -99,7 +99,8 @@ class MemoryWatch:
     def _held(self) -> dict[str, float]:
         """Bytes that are there the whole step long."""
         model = self._trainer.model
-        kinds = {WEIGHTS: [p for p in model.parameters() if p.requires_grad], FROZEN: [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]}
+        kinds: dict[str, list[torch.Tensor]] = {WEIGHTS: [p for p in model.parameters() if p.requires_grad]}
+        kinds[FROZEN] = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
         if self._trainer.zero is None:
             states = self._trainer.optimizer.state.values()
             kinds[OPTIMIZER_STATE] = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]

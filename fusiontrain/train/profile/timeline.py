@@ -14,8 +14,13 @@ from fusiontrain.train.profile.host import IN_FLIGHT, STEP, Host, Label
 from fusiontrain.train.profile.parts import COLLECTIVES, IDLE, ONCE, TO_DEVICE, Call, Cell, whole
 from fusiontrain.train.profile.trace import ANNOTATION, COPY, ON_DEVICE, RUNTIME, Event
 
-Piece = tuple[float, float, Label]
+Interval = tuple[int, int]
+"""Start and end, nanoseconds."""
+
+Piece = tuple[int, int, Label]
 """Start, end, and to whom the time between them goes unless it is taken."""
+
+NANO = 1e9
 
 SYNCHRONIZES = ("Synchronize",)
 SYNCHRONIZING_OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2")
@@ -50,17 +55,18 @@ def divide(events: Sequence[Event], calls: Sequence[Call]) -> Divided:
     exposed = Label(whole(COLLECTIVES), ONCE)
     layers.insert(-1, [(start, end, exposed) for start, end in flights])
     cells: Counter[Cell] = Counter()
-    free, taken_by_collectives = windows, 0.0
+    free, taken_by_collectives = windows, 0
     for layer in layers:
         taken, free = _take(free, layer)
         for start, end, label in taken:
             taken_by_collectives += (end - start) * (label is exposed)
             for cell, share in label.call.cells(label.phase).items():
-                cells[cell] += (end - start) * share
-    cells[Cell(IDLE, *whole(IDLE).forward, ONCE)] += sum(end - start for start, end in free)
+                cells[cell] += (end - start) * share / NANO
+    cells[Cell(IDLE, *whole(IDLE).forward, ONCE)] += sum(end - start for start, end in free) / NANO
     in_flight = sum(end - start for start, end, _ in _take(windows, [(start, end, exposed) for start, end in flights])[0])
-    lengths = tuple(end - start for start, end in windows)
-    return Divided(lengths, {cell: seconds for cell, seconds in cells.items() if seconds > 0}, in_flight - taken_by_collectives, _syncs(events, host, main, windows))
+    lengths = tuple((end - start) / NANO for start, end in windows)
+    spent = {cell: seconds for cell, seconds in cells.items() if seconds > 0}
+    return Divided(lengths, spent, (in_flight - taken_by_collectives) / NANO, _syncs(events, host, main, windows))
 
 
 def _host_layers(host: Host, main: object) -> list[list[Piece]]:
@@ -95,7 +101,7 @@ def _is_collective(event: Event) -> bool:
 def _one_at_a_time(pieces: Sequence[Piece]) -> list[Piece]:
     """Of pieces that overlap, as kernels of several streams do, the one that started first keeps the time."""
     found: list[Piece] = []
-    now = float("-inf")
+    now = 0
     for start, end, label in sorted(pieces, key=lambda piece: piece[:2]):
         if end > now:
             found.append((max(start, now), end, label))
@@ -103,8 +109,8 @@ def _one_at_a_time(pieces: Sequence[Piece]) -> list[Piece]:
     return found
 
 
-def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    found: list[tuple[float, float]] = []
+def _union(intervals: Iterable[Interval]) -> list[Interval]:
+    found: list[Interval] = []
     for start, end in sorted(intervals):
         if found and start <= found[-1][1]:
             found[-1] = (found[-1][0], max(end, found[-1][1]))
@@ -113,10 +119,10 @@ def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]
     return found
 
 
-def _take(free: Sequence[tuple[float, float]], layer: Sequence[Piece]) -> tuple[list[Piece], list[tuple[float, float]]]:
+def _take(free: Sequence[Interval], layer: Sequence[Piece]) -> tuple[list[Piece], list[Interval]]:
     """What a layer takes of the free time, and what stays free. Both are in order and do not overlap."""
     taken: list[Piece] = []
-    left: list[tuple[float, float]] = []
+    left: list[Interval] = []
     pieces = iter(layer)
     piece = next(pieces, None)
     for start, end in free:
@@ -134,12 +140,12 @@ def _take(free: Sequence[tuple[float, float]], layer: Sequence[Piece]) -> tuple[
     return taken, left
 
 
-def _if_any(start: float, end: float) -> Iterator[tuple[float, float]]:
+def _if_any(start: float, end: float) -> Iterator[Interval]:
     if end > start:
         yield start, end
 
 
-def _syncs(events: Sequence[Event], host: Host, main: object, windows: Sequence[tuple[float, float]]) -> dict[str, int]:
+def _syncs(events: Sequence[Event], host: Host, main: object, windows: Sequence[Interval]) -> dict[str, int]:
     found: Counter[str] = Counter()
     on_gpu = any(event.kind in RUNTIME for event in events)
     for event in events:

@@ -16,14 +16,14 @@ KINDS = (OPERATOR, ANNOTATION, *ON_DEVICE, *RUNTIME)
 
 @dataclass(frozen=True)
 class Event:
-    """Times in seconds since any moment. sequence: of autograd, shared by an operator and its backward, -1 without one. backward: whether it is the
+    """Times in whole nanoseconds since any moment, so that what ends as another begins does just that. sequence: of autograd, shared by an operator and its backward, -1 without one. backward: whether it is the
     latter. correlation: shared by a kernel and the call of the runtime that launched it."""
 
     name: str
     kind: str
     thread: Any
-    start: float
-    end: float
+    start: int
+    end: int
     sequence: int = -1
     backward: bool = False
     correlation: int = -1
@@ -41,13 +41,13 @@ def parse_trace(entries: Iterable[dict[str, Any]]) -> list[Event]:
 
 
 def _event(entry: dict[str, Any]) -> Event:
-    start, more = float(entry["ts"]) / 1e6, entry.get("args", {})
+    start, more = round(float(entry["ts"]) * 1000), entry.get("args", {})
     return Event(
         name=entry["name"],
         kind=entry["cat"],
         thread=entry.get("tid"),
         start=start,
-        end=start + float(entry.get("dur", 0)) / 1e6,
+        end=start + round(float(entry.get("dur", 0)) * 1000),
         sequence=int(more.get("Sequence number", -1)),
         backward=entry["name"].startswith("autograd::engine::evaluate_function"),
         correlation=int(more.get("correlation", -1)),

@@ -82,6 +82,11 @@ class Window:
             self.trainer.run()
         return self._result(divide(read_trace(self.trace), self.scopes.calls))
 
+    @property
+    def first_batch(self) -> Batch:
+        """Of the profiled ones."""
+        return self._batches[0][0]
+
     def _iterate(self, start: Any) -> Iterator[Any]:
         batches = type(self.trainer.loader).iterate(self.trainer.loader, start)
         while True:
