@@ -49,6 +49,7 @@ setup(
         "gpu": ["flash-attn"],
         "deepspeed": ["deepspeed"],
         "parquet": ["pyarrow"],
+        "plots": ["matplotlib"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
         "vae": ["diffusers"],
@@ -56,7 +57,7 @@ setup(
         "mlflow": ["mlflow-skinny>=3"],
         "bench": ["megatron-energon"],
         "dev": [
-            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "mlflow-skinny>=3", "moto[s3]", "mypy",
+            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "matplotlib", "mlflow-skinny>=3", "moto[s3]", "mypy",
             "pyarrow", "pyte", "pytest", "pytest-xdist", "ruff", "s3fs", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML", "wandb",
         ],
     },
