@@ -128,26 +128,29 @@ class FusionModel(nn.Module):
 
     def _hidden(self, batch: Batch, drops: bool = False) -> tuple[torch.Tensor, torch.Tensor, _NoisedImages | None]:
         """-> the rows of the frozen prefix [F, D], without gradient, all others [T - F, D], and what the image loss needs. drops: with dropout."""
-        x, images = self._embed(batch)
-        num_prefix, keys = self.num_forward_only(batch), batch.row_keys if drops else None
-        prefix_rows, x = x[:num_prefix].detach(), x[num_prefix:]
+        keys = batch.row_keys if drops else None
+        prefix_rows, x, images = self._embed(batch, self.num_forward_only(batch))
         if not (self.recipe.freezes_text and batch.has_prefix_slice):
             attend = partial(masked_routing_attention, key_ranges=batch.key_ranges, query_ranges=batch.query_ranges, impl=self.kernels.attention)
             layout = self._layout(batch.modality_bounds, batch.modality_offsets, batch.position_ids, x.dtype, keys)
             return prefix_rows, self._run_blocks(x, layout, [attend] * len(self.blocks)), images
         return *self._run_blocks_behind(prefix_rows, x, batch, keys), images
 
-    def _embed(self, batch: Batch) -> tuple[torch.Tensor, _NoisedImages | None]:
-        """Every row of the batch as the blocks take it, [T, D]: ids by the table, which all modalities share, and patches by the patcher."""
+    def _embed(self, batch: Batch, num_prefix: int) -> tuple[torch.Tensor, torch.Tensor, _NoisedImages | None]:
+        """Every row of the batch as the blocks take it: ids by the table, which all modalities share, and patches by the patcher.
+
+        -> the first `num_prefix` rows, without gradient, the others, and what the image loss needs. The others are a tensor of their own: blocks
+        that are compiled would be compiled once more for a view.
+        """
+        prefix_rows = self.text.encode(batch.token_ids[:num_prefix]).detach()
         if self.image is None:
-            return self.text.encode(batch.token_ids), None
+            return prefix_rows, self.text.encode(batch.token_ids[num_prefix:]), None
         rows, images = self._embed_images(batch.payloads[IMAGE.name])
         low, high = batch.modality_bounds[IMAGE.id : IMAGE.id + 2]
-        parts = [self.text.encode(batch.token_ids[:low])]
-        parts.append(rows.to(parts[0].dtype))
+        parts = [self.text.encode(batch.token_ids[num_prefix:low]), rows.to(prefix_rows.dtype)]
         if batch.modality_bounds[-1] > high:
             parts.append(self.text.encode(batch.token_ids[high:]))
-        return torch.cat(parts), images
+        return prefix_rows, torch.cat(parts), images
 
     def _run_blocks_behind(
         self, prefix_rows: torch.Tensor, x: torch.Tensor, batch: Batch, keys: torch.Tensor | None
