@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_objects
 from fusiontrain.train.checkpoint.base import copy_base
-from fusiontrain.train.checkpoint.durable import seal, write_durably
+from fusiontrain.train.checkpoint.durable import seal
 from fusiontrain.train.checkpoint.folders import clear_leftovers, prune, publish, step_folder
 from fusiontrain.train.checkpoint.manifest import CONFIG, write_manifest
 from fusiontrain.train.checkpoint.tensors import METADATA, Tensors, alone, quiet
@@ -55,10 +55,10 @@ def save_checkpoint(
     def prepare() -> None:
         clear_leftovers(checkpoints)
         partial.mkdir(parents=True)
-        write_durably(partial / CONFIG, config_text)
 
     def finish(files: Mapping[str, Any]) -> None:
         facts = {"model": model, "metrics": metrics, "state": state.to_dict(), "world_size": ranks.world_size}
+        (partial / CONFIG).write_text(config_text, encoding="utf-8")
         shared = seal([partial / CONFIG, partial / METADATA]) | ({} if base is None else copy_base(base, partial))
         write_manifest(partial, {"files": {**files, **shared}, **facts})
         publish(partial, final)
