@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     world.add_argument("--documents", type=int, default=2000)
     world.add_argument("--seed", type=int, default=0)
     index = actions.add_parser("index", help="index shards (kept beside them) and count what is in them")
-    verify = actions.add_parser("verify", help="read every member and compare its CRC32, decode every image; exit 2 on damage")
+    verify = actions.add_parser("verify", help="read index and shards, compare every CRC32, decode every image; exit 2 on damage")
     for parser in (index, verify):
         parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a tar or .jsonl, a folder of them, a glob, a brace range, a URL, or pipe:COMMAND")
         add_format_arguments(parser)
@@ -136,13 +136,13 @@ def _index(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
-    """Structure and headers are checked by indexing; then every member is read again, its CRC32 compared, and every image decoded."""
-    from fusiontrain.data.index.verify import verify_shard
+    """Structure and headers are checked by indexing; then the index's own files, every member against its CRC32, and every image by decoding it."""
+    from fusiontrain.data.index.verify import verify_index, verify_shard
 
-    problems: list[str] = []
     samples = 0
     found = _indexed(args)
-    for shard, index in zip(found.shards, found.indexes, strict=True):
+    problems = verify_index(found.indexes.folders)
+    for shard, index in zip(found.shards, () if problems else found.indexes, strict=not problems):
         problems += verify_shard(shard, index)
         samples += len(index)
     if problems:

@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fusiontrain.cli.common import add_json_argument, print_json
+from fusiontrain.config.schema import SampleConfig
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SHEET = "contact-sheet.png"
 RECORD = "samples.json"
+SAMPLERS = get_args(SampleConfig.model_fields["sampler"].annotation)
 
 
 class _InOrder(argparse.Action):
@@ -44,6 +46,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none (default: the config's)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the config's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="of pictures (default: the config's)")
+    parser.add_argument("--eta", type=float, help="of --sampler ddim: 0 draws no noise, 1 as much as ddpm (default: the config's)")
     parser.add_argument("--seed", type=int, help="of noise and of text drawn at a temperature (default: the config's)")
     parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
@@ -92,11 +96,13 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be a number of at least {least}")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        raise UserError(f"sample: --eta {args.eta}: must be a number from 0 to 1")
 
 
 def _sampling(args: argparse.Namespace, trained: Trained) -> Sampling:
     """What the options leave open comes from the config that the model was trained with."""
-    names = ("seed", "steps", "guidance", "temperature", "max_new_tokens")
+    names = ("seed", "steps", "guidance", "sampler", "eta", "temperature", "max_new_tokens")
     return trained.sampling(**{name: getattr(args, name) for name in names})
 
 
@@ -105,6 +111,9 @@ Result = tuple[list[dict[str, Any]], list["np.ndarray"], list[str]]
 
 
 def _paint(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
+    if trained.writes_codes:
+        images = trained.paint_codes(prompts, _sampling(args, trained))
+        return [{"prompt": prompt, "codes": codes} for prompt, codes in zip(prompts, images, strict=True)], [], []
     pictures = trained.paint(prompts, _sampling(args, trained))
     return [{"prompt": prompt, "file": _file(number)} for number, prompt in enumerate(prompts)], pictures, list(prompts)
 
@@ -116,6 +125,12 @@ def _caption(args: argparse.Namespace, trained: Trained, pictures: Sequence[np.n
 
 
 def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any]) -> Result:
+    if trained.writes_codes:
+        if any(kind == "image" for kind, _ in args.pieces):
+            raise UserError("sample: this model reads codes, which nothing here makes of a picture: give --prompt alone")
+        written = trained.write_document(prompt, _sampling(args, trained), args.max_images)
+        found = [{"text": piece} if isinstance(piece, str) else {"codes": piece} for piece in written]
+        return [{"prompt": [{kind: value} for kind, value in args.pieces], "pieces": found}], [], []
     produced = trained.interleave(prompt, _sampling(args, trained), args.max_images)
     pieces: list[dict[str, str]] = []
     pictures: list[np.ndarray] = []
@@ -173,9 +188,13 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     lines = []
     for sample in record["samples"]:
         if record["mode"] == "paint":
-            lines.append(f"{out / sample['file']}: {sample['prompt']}")
+            lines.append(f"{out / sample['file'] if 'file' in sample else _codes(sample)}: {sample['prompt']}")
         elif record["mode"] == "caption":
             lines.append(f"{sample['image']}: {sample['text']}")
         else:
-            lines += [str(out / piece["file"]) if "file" in piece else piece["text"] for piece in sample["pieces"]]
+            lines += [str(out / piece["file"]) if "file" in piece else piece.get("text") or _codes(piece) for piece in sample["pieces"]]
     return "\n".join([*lines, f"written to {out}: {RECORD}" + (f", {SHEET}" if (out / SHEET).exists() else "")])
+
+
+def _codes(image: dict[str, Any]) -> str:
+    return f"{len(image['codes'])} codes in {RECORD}"

@@ -54,12 +54,12 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The (picklable) value of every rank, in order of rank."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The (picklable) value of every rank, in order of rank. group: of all ranks, if the default one is in use elsewhere."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -79,10 +79,10 @@ def on_main(function: Callable[[], T]) -> T:
     return holder[0]
 
 
-def at_length(function: Callable[[], None], chosen: bool) -> None:
+def at_length(function: Callable[[], None], chosen: bool, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Run what may take hours on the ranks that are `chosen`; the others wait for them. A UserError of one is raised on all.
 
-    All ranks meet every few seconds meanwhile, so nobody waits longer than the group's timeout for a rank that has died.
+    All ranks meet every few seconds meanwhile, so nobody waits longer than the group's timeout for a rank that has died, and call `meanwhile`.
     """
     if not dist.is_initialized():
         if chosen:
@@ -91,7 +91,7 @@ def at_length(function: Callable[[], None], chosen: bool) -> None:
     with ThreadPoolExecutor(1) as pool:
         running = [pool.submit(function)] if chosen else []
         while sum_integers([len(wait(running, timeout=SECONDS_BETWEEN_MEETINGS).not_done)])[0]:
-            pass
+            meanwhile()
     errors = [future.exception() for future in running]
     problems = [text for text in gather_objects(next((str(error) for error in errors if isinstance(error, UserError)), None)) if text is not None]
     if problems:

@@ -33,7 +33,9 @@ from fusiontrain.train.checkpoint import (
 from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
-from fusiontrain.train.signals import StopRequest
+from fusiontrain.train.progress import Progress
+from fusiontrain.train.signals import BreakOff, StopRequest
+from fusiontrain.train.sinks.all import missing_packages
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
 from fusiontrain.train.trainer import Reporter, Trainer
 from fusiontrain.utils.errors import UserError
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for what can only be known with the ranks and the disk at hand, all problems at once."""
-    problems = [str(problem) for problem in file_problems(config)]
+    problems = [*(str(problem) for problem in file_problems(config)), *missing_packages(config.metrics.sinks)]
     mesh_shape(config.parallel, world_size)
     sequences, micro = config.train.global_batch_sequences, config.train.micro_batch_sequences or 1
     if sequences % (world_size * micro):
@@ -57,14 +59,15 @@ def check_config(config: Config, world_size: int) -> None:
         raise UserError("\n".join(problems))
 
 
-def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> Trainer:
+def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest, progress: Progress | None = None) -> Trainer:
     """Everything that a run needs, resumed as `checkpoint.resume` says. All ranks call this together, inside their process group.
 
-    Raises UserError for what the user can mend: files, shapes, a checkpoint of another model or of other data.
+    Raises UserError for what the user can mend: files, shapes, a checkpoint of another model or of other data. Raises BreakOff where a rank was
+    asked to stop; nothing was trained then, so there is nothing to save.
     """
     set_threads(config.train.threads, ranks)
     tokenizer = load_tokenizer(config)
-    index_first(config, ranks, reporter)
+    index_first(config, ranks, reporter, stop)
     loader: Loader | StreamLoader
     if config.data.mode == "stream":
         loader = StreamLoader(config, tokenizer, ranks.rank, ranks.world_size)
@@ -77,9 +80,11 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     model = declare_model(config, ranks.device)
     if ranks.is_main:
         logger.info("%s", model.kernels.origin)
+    stop.check()
     embeddings = embedding_names(model)
     mesh = build_mesh(config.parallel, ranks)
     parameters = parallelize(model, model.plan(), config.parallel, mesh, ranks.device, first_weights(config, model))
+    stop.check()
     optimizer = build_optimizer(parameters, embeddings, config.optimizer)
     # Frozen weights that came from a folder are named by their hash instead of being stored again and again.
     weights = model_tensors(model, parameters, include_frozen=config.model.base is None)
@@ -97,16 +102,24 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
         reporter.event(f"passed over {damage}")
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
-    return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer, zero)
+    parts = (config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer, zero)
+    return Trainer(*parts, progress or Progress())
 
 
-def index_first(config: Config, ranks: Ranks, reporter: Reporter) -> None:
+def index_first(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None:
     """Index what is not indexed yet on the main rank and then, for disks that machines do not share, on one rank of each machine.
 
-    So a corpus is never indexed by all ranks at once. Raises UserError on all ranks for a damaged shard.
+    So a corpus is never indexed by all ranks at once. Raises UserError on all ranks for a damaged shard, BreakOff where one was asked to stop.
     """
+
+    def after_shard(done: int, total: int) -> None:
+        reporter.indexing(done, total)
+        if stop.agreed or (stop and ranks.world_size == 1):
+            raise BreakOff
+
     for chosen in (ranks.is_main, ranks.local_rank == 0 and not ranks.is_main):
-        at_length(lambda: prepare_sources(config, reporter.indexing), chosen)
+        at_length(lambda: prepare_sources(config, after_shard), chosen, meanwhile=stop.agree)
+        stop.check()
 
 
 def resume(
@@ -185,4 +198,4 @@ def open_run_folder(config: Config, step: int) -> MetricsWriter:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    return MetricsWriter(folder, step)
+    return MetricsWriter(folder, step, config)

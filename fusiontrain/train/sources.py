@@ -21,6 +21,7 @@ from fusiontrain.models.fusion import FusionModel
 from fusiontrain.models.llama_weights import CONFIG_FILE as LLAMA_CONFIG
 from fusiontrain.train import ema
 from fusiontrain.train.checkpoint import CONFIG, MANIFEST, DamagedCheckpoint, list_checkpoints, read_manifest, verify_checkpoint
+from fusiontrain.train.checkpoint.base import find_copy, replace_base
 from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.stored_tensors import StoredTensors
 from fusiontrain.utils.errors import UserError
@@ -78,6 +79,9 @@ def open_checkpoint(checkpoint: Path, averaged: bool = False, device: torch.devi
     were when the checkpoint was written. Raises UserError where they are gone or hold other weights.
     """
     manifest = read_manifest(checkpoint)
+    problems = verify_checkpoint(checkpoint)
+    if problems:
+        raise DamagedCheckpoint(f"{problems[0]}: the checkpoint is damaged, use another one")
     config = find_folders(load(checkpoint / CONFIG), manifest["model"]["folders"], checkpoint)
     model = declare_model(without_kernels(config), device)
     parameters = dict(model.named_parameters())
@@ -85,9 +89,6 @@ def open_checkpoint(checkpoint: Path, averaged: bool = False, device: torch.devi
     require_same_model(manifest["model"], model_identity(config, stored), checkpoint)
     if averaged and ema.GROUP not in manifest["model"]:
         raise UserError(f"{checkpoint}: holds no averages of the weights (train.ema_decay was null): leave --ema out")
-    problems = verify_checkpoint(checkpoint)
-    if problems:
-        raise DamagedCheckpoint(f"{problems[0]}: the checkpoint is damaged, use another one")
     tensors = StoredTensors(checkpoint)
     others = first_weights(config, model) if len(stored) < len(parameters) else None
 
@@ -120,14 +121,14 @@ def without_kernels(config: Config) -> Config:
 
 
 def find_folders(config: Config, folders: dict[str, dict[str, str]], checkpoint: Path) -> Config:
-    """`config` with its base where it is now: where the config says, or else where the checkpoint saw it."""
-    base = config.model.base
-    if base is None or Path(base).is_dir():
+    """`config` with its base where it is now: in the checkpoint, where the config says, or else where the checkpoint saw it."""
+    base, copy = config.model.base, find_copy(checkpoint)
+    if base is None or (copy is None and Path(base).is_dir()):
         return config
-    remembered = folders["base"]["path"]
-    if not Path(remembered).is_dir():
+    remembered = copy or Path(folders["base"]["path"])
+    if not remembered.is_dir():
         raise UserError(f"{checkpoint}: model.base={base} is not there (nor {remembered}): put the base model back, its weights are needed")
-    return config.model_copy(update={"model": config.model.model_copy(update={"base": remembered})})
+    return replace_base(config, remembered)
 
 
 def _at(folder: Path, config: Config) -> Config:

@@ -13,6 +13,7 @@ from fusiontrain.config.schema import Config
 from fusiontrain.data.modalities.decoders import to_rgb
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.caption import caption
+from fusiontrain.generate.codes import code_space, paint_codes, write_document
 from fusiontrain.generate.interleave import Piece, interleave
 from fusiontrain.generate.paint import paint
 from fusiontrain.generate.pictures import load_picture
@@ -25,11 +26,14 @@ Picture = np.ndarray | Image.Image | str | Path
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures and texts are made. steps: of denoising. guidance: 1 = none. seed: of noise and of draws. temperature: 0 = the likeliest token."""
+    """How pictures and texts are made. steps: of denoising. guidance: 1 = none. eta: of the sampler ddim. seed: of noise and of draws. temperature:
+    0 = the likeliest token."""
 
     seed: int
     steps: int
     guidance: float
+    sampler: str
+    eta: float
     temperature: float
     max_new_tokens: int
 
@@ -53,6 +57,8 @@ class Trained:
         seed: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
         temperature: float | None = None,
         max_new_tokens: int | None = None,
     ) -> Sampling:
@@ -62,6 +68,8 @@ class Trained:
             seed=self.config.seed if seed is None else seed,
             steps=config.steps if steps is None else steps,
             guidance=config.guidance if guidance is None else guidance,
+            sampler=config.sampler if sampler is None else sampler,
+            eta=config.ddim_eta if eta is None else eta,
             temperature=config.temperature if temperature is None else temperature,
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
@@ -85,9 +93,29 @@ class Trained:
             image=data.image,
             steps=sampling.steps,
             guidance=sampling.guidance,
+            sampler=sampling.sampler,
+            eta=sampling.eta,
             seed=sampling.seed,
             context=data.sequence_length,
         )
+
+    @property
+    def writes_codes(self) -> bool:
+        """Whether the model's images are codes, which it writes as it writes text."""
+        return self.config.data.image.representation == "codes" and "image" in self.config.data.modalities
+
+    def paint_codes(self, prompts: Sequence[str], sampling: Sampling) -> list[list[int]]:
+        """The codes of an image of each prompt, in raster order. Raises UserError for a model of patches."""
+        codes, context = code_space(self.config, self.tokenizer), self.config.data.sequence_length
+        return paint_codes(self.model, self.tokenizer, prompts, codes=codes, writing=sampling.writing, context=context).tolist()
+
+    def write_document(self, prompt: Sequence[str], sampling: Sampling, max_images: int) -> list[str | list[int]]:
+        """The document that begins with the texts of `prompt`, continued: its new texts and the codes of its new images."""
+        codes, context = code_space(self.config, self.tokenizer), self.config.data.sequence_length
+        pieces = write_document(
+            self.model, self.tokenizer, prompt, codes=codes, writing=sampling.writing, max_images=max_images, context=context
+        )
+        return [piece if isinstance(piece, str) else piece.tolist() for piece in pieces]
 
     def captions(self, pictures: Sequence[np.ndarray], sampling: Sampling) -> list[str]:
         """A text for each picture [H, W, 3] uint8."""
@@ -106,6 +134,8 @@ class Trained:
             max_images=max_images,
             steps=sampling.steps,
             guidance=sampling.guidance,
+            sampler=sampling.sampler,
+            eta=sampling.eta,
             context=data.sequence_length,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import zlib
 from contextlib import closing
@@ -13,6 +14,7 @@ import pytest
 
 from fusiontrain.cli.main import main
 from fusiontrain.data.errors import BadSample
+from fusiontrain.data.index.array_file import is_as_written
 from fusiontrain.data.index.build import build_index
 from fusiontrain.data.index.shard_index import member_reader
 from fusiontrain.data.storage.open import open_shard
@@ -160,3 +162,22 @@ def test_keys_with_dots_folders_and_meta_members(tmp_path):
     index = build_index(path, "captions", "pixels")
     assert [index.key(row) for row in range(len(index))] == ["v1.2/a", f"{'long' * 40}/c"]
     assert set(index.members(0)) == {"b.txt", "txt"}
+
+
+@pytest.mark.parametrize("what", ["index", "tokens"])
+def test_a_flipped_byte_of_an_index_is_found_wherever_it_lies(tmp_path, capsys, what):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shard(shards / "x.tar", mixed_samples(3))
+    assert main(["data", "index", str(shards), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 0
+    (path,) = (tmp_path / "out").glob(f"*/*.{what}")
+    whole = path.read_bytes()
+    assert is_as_written(path)
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert not is_as_written(path), at
+    capsys.readouterr()
+    assert main(["data", "verify", str(shards), "--out", str(tmp_path / "out")]) == 2
+    assert re.search(rf"{path}: is damaged, or of another version: delete it", capsys.readouterr().err)
+    path.unlink()
+    assert main(["data", "verify", str(shards), "--out", str(tmp_path / "out")]) == 0

@@ -18,15 +18,14 @@ from fusiontrain.data.storage.shard import shown_source
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tar import members_in
 from fusiontrain.data.tokenizer import load_tokenizer
-from fusiontrain.parallel.mesh import process_group, read_ranks
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.range_server import range_server
+from fusiontrain.testing.runs import trainer_of
 from fusiontrain.testing.shards import interleaved, mixed_samples, png, write_shard, write_shards
 from fusiontrain.testing.training import world_config
-from fusiontrain.train.build import build_trainer, require_same_data
+from fusiontrain.train.build import require_same_data
 from fusiontrain.train.checkpoint import list_checkpoints, read_manifest
 from fusiontrain.train.metrics import read_metrics
-from fusiontrain.train.signals import StopRequest
 from fusiontrain.utils.errors import UserError
 
 SETTINGS = {
@@ -221,24 +220,9 @@ def test_settings_that_need_a_plan_are_refused(tmp_path, shards, capsys):
     assert "has no plan" in capsys.readouterr().err
 
 
-class Silent:
-    def indexing(self, *args): ...
-
-    def started(self, *args): ...
-
-    def step(self, *args): ...
-
-    def event(self, *args): ...
-
-
 def train(config):
-    ranks = read_ranks({})
-    with process_group(ranks, config.parallel):
-        trainer = build_trainer(config, ranks, Silent(), StopRequest())
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
+    with trainer_of(config) as trainer:
+        trainer.run()
 
 
 def test_a_run_trains_and_resumes_from_a_stream(tmp_path, shards):

@@ -12,13 +12,11 @@ import pytest
 import torch
 
 from fusiontrain.config.schema import Config, TrainConfig
-from fusiontrain.parallel.mesh import process_group, read_ranks
 from fusiontrain.testing.ranks import shared_pool
+from fusiontrain.testing.runs import Recorder, trainer_of
 from fusiontrain.testing.training import full_tensors, world_config
 from fusiontrain.train.bad_steps import Action, is_passed_over, judge, remember
-from fusiontrain.train.build import build_trainer
 from fusiontrain.train.metrics import read_metrics
-from fusiontrain.train.signals import StopRequest
 from fusiontrain.train.step import StepResult
 from fusiontrain.train.trainer import TrainingDiverged
 
@@ -70,19 +68,8 @@ def test_ranges_of_steps_include_both_ends() -> None:
 def train(config: Config, disturbed: int = 0) -> tuple[str, dict[str, Any], dict[str, torch.Tensor | None], list[str]]:
     """Run on the ranks of this process; the images of step `disturbed` are made a thousand times brighter. Returns how it ended, the final
     state, weights, and the events."""
-    ranks = read_ranks() if torch.distributed.is_initialized() else read_ranks({})
-    events: list[str] = []
-
-    class Recorder:
-        def indexing(self, done: int, total: int) -> None: ...
-        def started(self, step: int, steps: int, run_dir: Path) -> None: ...
-        def step(self, values: Any, due: bool) -> None: ...
-
-        def event(self, text: str) -> None:
-            events.append(text)
-
-    with process_group(ranks, config.parallel):
-        trainer = build_trainer(config, ranks, Recorder(), StopRequest())
+    recorder = Recorder()
+    with trainer_of(config, recorder) as trainer:
         iterate = trainer.loader.iterate
 
         def brighter(start: Any) -> Any:
@@ -98,9 +85,7 @@ def train(config: Config, disturbed: int = 0) -> tuple[str, dict[str, Any], dict
             trainer.run()
         except TrainingDiverged as error:
             ended = str(error)
-        finally:
-            trainer.close()
-        return ended, trainer.state.to_dict(), full_tensors(trainer.tensors["model"]), events
+        return ended, trainer.state.to_dict(), full_tensors(trainer.tensors["model"]), recorder.events
 
 
 def run(config: Config, world_size: int, *args: int) -> Any:

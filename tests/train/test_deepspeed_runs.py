@@ -12,14 +12,12 @@ import pytest
 import torch
 
 from fusiontrain.config.schema import Config
-from fusiontrain.parallel.mesh import process_group, read_ranks
 from fusiontrain.testing.ranks import shared_pool
+from fusiontrain.testing.runs import trainer_of
 from fusiontrain.testing.training import full_tensors, world_config
-from fusiontrain.train.build import build_trainer
 from fusiontrain.train.checkpoint import list_checkpoints, verify_checkpoint
 from fusiontrain.train.inference import load_for_inference
 from fusiontrain.train.metrics import read_metrics
-from fusiontrain.train.signals import StopRequest
 
 pytest.importorskip("deepspeed")
 
@@ -28,24 +26,13 @@ Way = tuple[int, int]
 """(ZeRO stage, ranks); stage 0 is FSDP2."""
 
 
-class Silent:
-    def started(self, step: int, steps: int, run_dir: Path) -> None: ...
-    def indexing(self, done: int, total: int) -> None: ...
-    def step(self, values: Mapping[str, Any], due: bool) -> None: ...
-    def event(self, text: str) -> None: ...
-
-
 def train(config: Config) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor | None]]:
     """What a run begins with (resumed as its config says) and what it ends with, every stored tensor, gathered."""
-    ranks = read_ranks() if torch.distributed.is_initialized() else read_ranks({})
-    with process_group(ranks, config.parallel):
-        trainer = build_trainer(config, ranks, Silent(), StopRequest())
+    with trainer_of(config) as trainer:
         tensors = {f"{group}/{name}": tensor for group, part in trainer.tensors.items() for name, tensor in part.items()}
         begun = full_tensors(tensors)
         trainer.run()
-        ended = full_tensors(tensors)
-        trainer.close()
-    return begun, ended
+        return begun, full_tensors(tensors)
 
 
 def run(config: Config, world_size: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

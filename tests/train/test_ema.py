@@ -12,32 +12,20 @@ import torch
 from fusiontrain.cli.main import main
 from fusiontrain.config.schema import Config
 from fusiontrain.models.build import build_model
-from fusiontrain.parallel.mesh import process_group, read_ranks
 from fusiontrain.testing.ranks import shared_pool
+from fusiontrain.testing.runs import trainer_of
 from fusiontrain.testing.training import full_tensors, world_config
-from fusiontrain.train.build import build_trainer
 from fusiontrain.train.inference import load_for_inference
-from fusiontrain.train.signals import StopRequest
 from fusiontrain.utils.errors import UserError
 
 DECAY, STEPS = 0.6, 4
 Named = dict[str, torch.Tensor]
 
 
-class Silent:
-    def __getattr__(self, name: str):
-        return lambda *_: None
-
-
 def train(config: Config) -> dict[str, Named]:
     """What a run ends with: whole tensors by group."""
-    ranks = read_ranks() if torch.distributed.is_initialized() else read_ranks({})
-    with process_group(ranks, config.parallel):
-        trainer = build_trainer(config, ranks, Silent(), StopRequest())
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
+    with trainer_of(config) as trainer:
+        trainer.run()
         return {group: full_tensors(part) for group, part in trainer.tensors.items()}
 
 

@@ -14,35 +14,21 @@ from fusiontrain.config.schema import Config
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.shards import expand_shards
 from fusiontrain.data.tokenizer import load_tokenizer
-from fusiontrain.parallel.mesh import read_ranks
+from fusiontrain.testing.runs import trainer_of
 from fusiontrain.testing.shards import index_of
 from fusiontrain.testing.training import world_config
-from fusiontrain.train.build import build_trainer
 from fusiontrain.train.metrics import read_metrics
-from fusiontrain.train.signals import StopRequest
 from fusiontrain.utils.errors import UserError
 
 EXECUTORS = {"loop": ("threads", 0), "threads": ("threads", 2), "processes": ("processes", 2)}
-TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib"}
+TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "save_seconds", "memory_gib", "imbalance/compute_seconds"}
 STEPS = 5
-
-
-class Silent:
-    """A reporter that nobody hears."""
-
-    def indexing(self, *_: Any) -> None: ...
-    def started(self, *_: Any) -> None: ...
-    def step(self, *_: Any) -> None: ...
-    def event(self, *_: Any) -> None: ...
 
 
 def train(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines of metrics.jsonl, without times, and of bad_samples.jsonl."""
-    trainer = build_trainer(config, read_ranks({}), Silent(), StopRequest())
-    try:
+    with trainer_of(config) as trainer:
         assert trainer.run()
-    finally:
-        trainer.close()
     folder = Path(config.run.dir)
     metrics = [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
     return metrics, read_metrics(folder / "bad_samples.jsonl")

@@ -7,17 +7,10 @@ from typing import Any
 
 import pytest
 
-from fusiontrain.parallel.mesh import process_group, read_ranks
+from fusiontrain.testing.runs import trainer_of
 from fusiontrain.testing.training import world_config
-from fusiontrain.train.build import build_trainer
 from fusiontrain.train.metrics import read_metrics
-from fusiontrain.train.signals import StopRequest
 from fusiontrain.utils.errors import UserError
-
-
-class Silent:
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
 
 
 def losses(folder: Path, name: str, steps: int, **overrides: Any) -> list[tuple[int, float]]:
@@ -26,14 +19,8 @@ def losses(folder: Path, name: str, steps: int, **overrides: Any) -> list[tuple[
         "run.dir": str(folder / name), "train.steps": steps, "data.io_mode": "lanes", "data.lanes": 2, "sample.prompts": [],
         "model.image": {"patcher": "linear"}, "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-3, "optimizer.final_learning_rate": 1e-3,
     }  # fmt: skip
-    config = world_config(folder, settings | overrides)
-    ranks = read_ranks({})
-    with process_group(ranks, config.parallel):
-        trainer = build_trainer(config, ranks, Silent(), StopRequest())
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
+    with trainer_of(world_config(folder, settings | overrides)) as trainer:
+        trainer.run()
     return [(line["step"], line["loss"]) for line in read_metrics(folder / name / "metrics.jsonl")]
 
 

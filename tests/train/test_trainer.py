@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +16,38 @@ import torch
 
 from fusiontrain.config.schema import Config
 from fusiontrain.models.build import build_model
-from fusiontrain.parallel.mesh import process_group, read_ranks
 from fusiontrain.testing.ranks import RankFailure, shared_pool
+from fusiontrain.testing.runs import Recorder, trainer_of
 from fusiontrain.testing.training import full_tensors, world_config, write_base
-from fusiontrain.train.build import build_trainer, check_config
+from fusiontrain.train.build import check_config
 from fusiontrain.train.checkpoint import list_checkpoints, read_manifest
 from fusiontrain.train.inference import load_for_inference
 from fusiontrain.train.metrics import read_metrics
-from fusiontrain.train.signals import StopRequest, stop_on_signals
+from fusiontrain.train.signals import stop_on_signals
 from fusiontrain.train.trainer import TrainingDiverged
 from fusiontrain.utils.errors import UserError
 
 REQUIRED = {
     "step", "loss", "loss/text", "loss/image", "grad_norm", "lr", "tokens", "tokens/text", "tokens/image", "tokens_per_second",
-    "step_seconds", "data_seconds", "flops", "mfu", "memory_gib", "skipped",
+    "step_seconds", "data_seconds", "save_seconds", "flops", "mfu", "memory_gib", "skipped",
 }  # fmt: skip
-TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib"}
-
-
-class Recorder:
-    """A reporter that keeps what it is told, and can act on a step."""
-
-    def __init__(self, act: Callable[[Mapping[str, Any]], None] = lambda values: None) -> None:
-        self.act, self.events, self.due = act, [], []
-
-    def started(self, step: int, steps: int, run_dir: Path) -> None:
-        self.events.append(f"from {step} to {steps}")
-
-    def step(self, values: Mapping[str, Any], due: bool) -> None:
-        self.due += [values["step"]] * due
-        self.act(values)
-
-    def indexing(self, done: int, total: int) -> None:
-        pass
-
-    def event(self, text: str) -> None:
-        self.events.append(text)
+TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "save_seconds", "memory_gib", "imbalance/compute_seconds"}
 
 
 def train(config: Config, signal_at: int = 0, signal_rank: int = 0) -> tuple[bool, dict[str, torch.Tensor | None], list[str]]:
     """Run `config` on the ranks of this process; send one of them SIGTERM after a step. Returns (finished, stored tensors, events)."""
-    ranks = read_ranks() if torch.distributed.is_initialized() else read_ranks({})
 
     def nothing_gathered() -> bool:
-        return ranks.world_size == 1 or all(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
+        return trainer.ranks.world_size == 1 or all(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
 
     def act(values: Mapping[str, Any]) -> None:
         assert nothing_gathered(), "an evaluation left weights gathered"
-        if values["step"] == signal_at and ranks.rank == signal_rank:
+        if values["step"] == signal_at and trainer.ranks.rank == signal_rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
     recorder = Recorder(act)
-    with process_group(ranks, config.parallel), stop_on_signals() as stop:
-        trainer = build_trainer(config, ranks, recorder, stop)
-        try:
-            finished = trainer.run()
-        finally:
-            trainer.close()
+    with stop_on_signals() as stop, trainer_of(config, recorder, stop) as trainer:
+        finished = trainer.run()
         assert nothing_gathered(), "painting left weights gathered"
         tensors = {f"{group}/{name}": tensor for group, part in trainer.tensors.items() for name, tensor in part.items()}
         return finished, full_tensors(tensors), recorder.events
@@ -142,7 +117,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(folder: Path, whole, world_
     config = world_config(folder, {"run.dir": str(target)})
     damage(target / "checkpoints" / "step-00000004")
     _, tensors, events = run(config, world_size)
-    assert events[0].startswith("passed over") and "step-00000004" in events[0] and "sha256" in events[0]
+    assert events[0].startswith("passed over") and "step-00000004" in events[0] and "checksum" in events[0]
     assert events[1] == "from 2 to 4"
     assert without_times(metrics(config)) == without_times(metrics(wanted_config))
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
@@ -243,21 +218,20 @@ def test_the_base_must_be_there_and_be_the_same(folder: Path, whole) -> None:
 def test_what_does_not_fit_is_refused_by_name(folder: Path, whole, overrides: dict[str, Any], word: str) -> None:
     checkpoint = list_checkpoints(Path(whole[1][0].run.dir) / "checkpoints")[-1]
     config = world_config(folder, {"run.dir": str(folder / "refused"), "checkpoint.resume": str(checkpoint), **overrides})
-    with pytest.raises(UserError, match=word):
-        build_trainer(config, read_ranks({}), Recorder(), StopRequest())
+    with pytest.raises(UserError, match=word), trainer_of(config):
+        pass
 
 
 def test_a_run_that_diverges_stops_with_a_sentence_and_keeps_its_weights(folder: Path) -> None:
     never = {"evaluate.every_steps": 99, "checkpoint.every_steps": 99, "sample.prompts": ()}
     config = world_config(folder, {"run.dir": str(folder / "diverged"), "train.steps": 20, **never})
     recorder = Recorder()
-    trainer = build_trainer(config, read_ranks({}), recorder, StopRequest())
-    with torch.no_grad():
-        trainer.model.image.input.weight[0, 0] = math.nan
-    before = {name: tensor.clone() for name, tensor in trainer.tensors["model"].items()}
-    with pytest.raises(TrainingDiverged, match="step 5: 5 steps in a row made no update"):
-        trainer.run()
-    trainer.close()
+    with trainer_of(config, recorder) as trainer:
+        with torch.no_grad():
+            trainer.model.image.input.weight[0, 0] = math.nan
+        before = {name: tensor.clone() for name, tensor in trainer.tensors["model"].items()}
+        with pytest.raises(TrainingDiverged, match="step 5: 5 steps in a row made no update"):
+            trainer.run()
     assert [line["loss"] for line in metrics(config)] == [None] * 5
     assert metrics(config)[-1]["skipped_steps"] == 5
     assert sum("no update" in event for event in recorder.events) == 5
@@ -267,22 +241,15 @@ def test_a_run_that_diverges_stops_with_a_sentence_and_keeps_its_weights(folder:
 
 def break_a_weight_after_step_3(config: Config) -> list[str]:
     """Train; the last rank's part of a weight becomes infinite after step 3. What the run said when it stopped, and its checkpoints."""
-    ranks = read_ranks() if torch.distributed.is_initialized() else read_ranks({})
 
     def act(values: Mapping[str, Any]) -> None:
-        if values["step"] == 3 and ranks.rank == ranks.world_size - 1:
+        if values["step"] == 3 and trainer.ranks.rank == trainer.ranks.world_size - 1:
             weight = trainer.tensors["model"]["blocks.0.attention.q.image.weight"].detach()
             (weight.to_local() if hasattr(weight, "to_local") else weight)[0, 0] = math.inf
 
-    with process_group(ranks, config.parallel):
-        trainer = build_trainer(config, ranks, Recorder(act), StopRequest())
-        try:
-            trainer.run()
-        except TrainingDiverged as error:
-            return [str(error), *(path.name for path in list_checkpoints(Path(config.run.dir) / "checkpoints"))]
-        finally:
-            trainer.close()
-    return []
+    with trainer_of(config, Recorder(act)) as trainer, pytest.raises(TrainingDiverged) as caught:
+        trainer.run()
+    return [str(caught.value), *(path.name for path in list_checkpoints(Path(config.run.dir) / "checkpoints"))]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

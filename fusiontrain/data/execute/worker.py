@@ -83,7 +83,7 @@ def _open(job: Job) -> Builder:
 def main() -> None:
     """Serve the trainer whose socket the first argument names."""
     # Who stops the trainer, from a keyboard or through Slurm, stops its workers too, but the step that it is at needs them to its end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     Worker(Connection(int(sys.argv[1]))).serve()
 

@@ -1,6 +1,7 @@
-"""Named numpy arrays in one file: a JSON header, then the arrays on 64-byte borders.
+"""Named numpy arrays in one file: magic, length and CRC32 of a JSON header, the header, then the arrays on 64-byte borders.
 
-The file is mapped, not read: processes share its pages, and only those that somebody looks at take memory.
+The file is mapped, not read: processes share its pages, and only those that somebody looks at take memory. So a start compares the header's
+checksum, and only `data verify`, which reads everything, those of the arrays.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from isal.isal_zlib import crc32
 
-MAGIC = b"FTARRAY2"
+PREAMBLE = struct.Struct("<8sQI")
+"""Magic, bytes of the header, its CRC32."""
+MAGIC = b"FTARRAY3"
 ALIGNMENT = 64
 
 
@@ -31,17 +36,17 @@ class ArrayFile:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """Write 1-d arrays, and `about` as JSON, so that `path` is complete or not there, whoever else writes it at the same time. Raises OSError."""
-    position, entries = 0, {}
+    position, entries, checksum = 0, {}, 0
     for name, array in arrays.items():
         entries[name] = [array.dtype.str, len(array), position]
         position += _aligned(array.nbytes)
-    header = json.dumps({"arrays": entries, "nbytes": position, "about": about}).encode()
-    start = _aligned(len(MAGIC) + 8 + len(header))
+        checksum = crc32(_padded(array), checksum)
+    header = json.dumps({"arrays": entries, "nbytes": position, "crc32": checksum, "about": about}).encode()
+    header = header.ljust(_aligned(PREAMBLE.size + len(header)) - PREAMBLE.size)
 
     def parts() -> Iterator[bytes]:
-        yield (MAGIC + len(header).to_bytes(8, "little") + header).ljust(start, b"\0")
-        for array in arrays.values():
-            yield array.tobytes().ljust(_aligned(array.nbytes), b"\0")
+        yield PREAMBLE.pack(MAGIC, len(header), crc32(header)) + header
+        yield from map(_padded, arrays.values())
 
     write_whole(path, parts())
 
@@ -86,16 +91,35 @@ def read_about(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def is_as_written(path: Path) -> bool:
+    """Whether every byte is as it was written, which takes reading them all."""
+    try:
+        with path.open("rb") as file:
+            expected, found = _read_header(file, os.fstat(file.fileno()).st_size)["crc32"], 0
+            while part := file.read(1 << 20):
+                found = crc32(part, found)
+            return found == expected
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _read_header(file: BinaryIO, size: int) -> dict[str, Any]:
-    """Raises ValueError unless the file of that size is whole."""
-    start = file.read(len(MAGIC) + 8)
-    length = int.from_bytes(start[len(MAGIC) :], "little")
-    if start[: len(MAGIC)] != MAGIC or length > size:
+    """Raises ValueError unless the file of that size is whole, as far as the header tells."""
+    start = file.read(PREAMBLE.size)
+    magic, length, checksum = PREAMBLE.unpack(start) if len(start) == PREAMBLE.size else (b"", 0, 0)
+    if magic != MAGIC or length > size:
         raise ValueError("not a file of arrays")
-    header = json.loads(file.read(length))
-    if size != _aligned(len(start) + length) + header["nbytes"]:
+    text = file.read(length)
+    if crc32(text) != checksum:
+        raise ValueError("its header is damaged")
+    header = json.loads(text)
+    if size != len(start) + length + header["nbytes"]:
         raise ValueError("cut short")
     return header
+
+
+def _padded(array: np.ndarray) -> bytes:
+    return array.tobytes().ljust(_aligned(array.nbytes), b"\0")
 
 
 def _aligned(nbytes: int) -> int:

@@ -50,7 +50,7 @@ def _opened(files: ShardFiles[T, R], number: int) -> T:
     row = files.rows[number]
     path = files.folders[number] / row.file
     found = map_arrays(path)
-    if found is None or found.about["row"]["digest"] != row.digest:
+    if found is None or found.about["row"] != row._asdict():
         raise UserError(f"{path}: this part of the index is damaged or not the one that was written; delete it and run `fusiontrain data index` again")
     return files.parse(found, path)
 

@@ -1,14 +1,18 @@
-"""Reading a shard again: are its bytes those that were indexed, and are its images pictures?"""
+"""Reading a shard and its index again: are their bytes those that were written, and are its images pictures?"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import closing
+from pathlib import Path
 
 from isal.isal_zlib import crc32
 
 from fusiontrain.config.schema import ImageDataConfig
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.formats.pieces import is_image, representation_of
+from fusiontrain.data.index.array_file import is_as_written
+from fusiontrain.data.index.cache import INDEX, TOKENS
 from fusiontrain.data.index.shard_index import ShardIndex
 from fusiontrain.data.modalities.image import decode_image
 from fusiontrain.data.storage.files import ReadAhead, ShardFile
@@ -17,6 +21,12 @@ from fusiontrain.data.storage.shard import Shard
 from fusiontrain.data.tar import Member
 
 POLICY = ImageDataConfig(size=32, patch_size=32)
+
+
+def verify_index(folders: Iterable[Path]) -> list[str]:
+    """One sentence for every file of an index or of token ids in these folders that is not as it was written."""
+    files = (path for folder in sorted(set(folders)) for what in (INDEX, TOKENS) for path in sorted(folder.glob(f"*.{what}")))
+    return [f"{path}: is damaged, or of another version: delete it and run `fusiontrain data index` again" for path in files if not is_as_written(path)]
 
 
 def verify_shard(shard: Shard, index: ShardIndex) -> list[str]:
