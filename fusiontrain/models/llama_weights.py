@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusiontrain.modality import IMAGE, TEXT
+from fusiontrain.modality import MODALITY_NAMES, TEXT
 from fusiontrain.models.shape import ModelShape, RopeScaling
 from fusiontrain.models.tensor_files import Planned, Stored, open_tensors, write_tensors
 from fusiontrain.utils.errors import UserError
@@ -156,9 +156,14 @@ def _require_complete(model: FusionModel, slices: Mapping[str, Stored], where: s
         raise UserError(f"{where}: no tensor for {missing[0]} (and {len(missing) - 1} more): the weights are incomplete")
 
 
+def is_plain_llama(shape: ModelShape) -> bool:
+    """Whether a model of this shape has the norms of a Llama and no others."""
+    return shape.norm_position == "pre" and shape.qk_norm == "none"
+
+
 def llama_names(model: FusionModel) -> dict[str, str]:
     """The text side of a model: names of a Llama's tensors -> names of parameters. Raises UserError for a text side that no Llama has."""
-    if model.shape.norm_position != "pre" or model.shape.qk_norm != "none":
+    if not is_plain_llama(model.shape):
         raise UserError("this model norms behind its sublayers or its queries and keys, as no Llama does: it cannot be written as one")
     names = {"model.embed_tokens.weight": "text.embedding.weight"}
     for i in range(len(model.blocks)):
@@ -167,7 +172,7 @@ def llama_names(model: FusionModel) -> dict[str, str]:
     names["model.norm.weight"] = _of_text(model, "final_norm")
     if model.text.head is not None:
         names["lm_head.weight"] = "text.head.weight"
-    others = [name for name, _ in model.named_parameters() if name not in names.values() and not _is_of_images(name)]
+    others = [name for name, _ in model.named_parameters() if name not in names.values() and not _is_of_others(name)]
     if others:
         raise UserError(f"{others[0]} has no place in a Llama, nor do {len(others) - 1} more: this recipe cannot be written as one")
     return names
@@ -180,8 +185,9 @@ def _of_text(model: FusionModel, part: str) -> str:
         raise UserError(f"the text side of this recipe has no {part} as a Llama has: it cannot be written as one") from error
 
 
-def _is_of_images(name: str) -> bool:
-    return name.startswith("image.") or IMAGE.name in name.split(".")
+def _is_of_others(name: str) -> bool:
+    """Whether a parameter belongs to another modality than text."""
+    return name.startswith("image.") or bool((set(MODALITY_NAMES) - {TEXT.name}) & set(name.split(".")))
 
 
 def llama_config(shape: ModelShape, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

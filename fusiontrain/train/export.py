@@ -18,7 +18,7 @@ import torch
 from fusiontrain.config.load import to_yaml
 from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer
 from fusiontrain.models.base import exported_config, is_exported
-from fusiontrain.models.llama_weights import CONFIG_FILE, llama_config, llama_names, read_config_json
+from fusiontrain.models.llama_weights import CONFIG_FILE, is_plain_llama, llama_config, llama_names, read_config_json
 from fusiontrain.models.tensor_files import MAX_SHARD_BYTES, Planned, write_tensors
 from fusiontrain.train.checkpoint import CONFIG
 from fusiontrain.train.sources import VAE, Source
@@ -45,8 +45,8 @@ class Exported:
 
 
 def natural_format(source: Source) -> Format:
-    """What is exported if nobody says: a dense model as a Llama, which is all that it is; others under their own names."""
-    return "huggingface" if source.config.model.recipe == "dense" else "fusiontrain"
+    """What is exported if nobody says: a dense model as a Llama, where that is all that it is; others under their own names."""
+    return "huggingface" if source.config.model.recipe == "dense" and is_plain_llama(source.model.shape) else "fusiontrain"
 
 
 def export_model(

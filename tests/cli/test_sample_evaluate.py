@@ -143,3 +143,20 @@ def test_evaluate_reports_losses_and_scores(run_dir, capsys) -> None:
     assert "was trained with 8" in capsys.readouterr().err
     assert main(["evaluate", str(run_dir), "data.validation_sources=[]"]) == 2
     assert "validation_sources" in capsys.readouterr().err
+
+
+def test_an_exported_folder_serves_like_its_run(run_dir, tmp_path, capsys) -> None:
+    out = str(tmp_path / "model")
+    assert main(["checkpoint", "export", str(run_dir), "--out", out]) == 0
+    assert f'fusiontrain.load("{out}")' in capsys.readouterr().out
+    pictures = []
+    for source in (str(run_dir), out):
+        folder = tmp_path / Path(source).name
+        sampled(capsys, source, "--prompt", "a red circle", "--out", str(folder / "samples"), *BRIEF)
+        pictures.append(np.asarray(Image.open(folder / "samples" / "000.png")))
+    assert np.array_equal(*pictures)
+    reports = []
+    for source in (str(run_dir), out):
+        assert main(["evaluate", source, "--judge", "1", "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[1]["checkpoint"] == out and reports[0]["validation"] == reports[1]["validation"] and reports[0]["scores"] == reports[1]["scores"]

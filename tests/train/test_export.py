@@ -347,7 +347,7 @@ def test_a_folder_that_is_no_whole_llama_is_not_imported(tmp_path, capsys, damag
 def test_a_damaged_checkpoint_is_not_exported(fused, tmp_path):
     folder = shutil.copytree(fused[0] / "run" / "checkpoints" / "step-00000003", tmp_path / "step-00000003")
     flip(folder / "__0_0.distcp", 2000)
-    with pytest.raises(UserError, match=r"__0_0.distcp: does not match its sha256: the checkpoint is damaged"):
+    with pytest.raises(UserError, match=r"__0_0.distcp: does not match its checksum: the checkpoint is damaged"):
         open_source(folder)
 
 
