@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint aot clean
+.PHONY: setup quickstart test lint aot soak clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,11 @@ lint: $(STAMP)
 # Compile every kernel config for GPUs that need not be here, and refuse spills.
 aot: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m fusiontrain_kernels._aot
+
+# An hour or more: 200 kills at random moments, and two hosts in network namespaces (which need root).
+soak: $(STAMP)
+	PYTHONPATH=.:kernels $(BIN)/python tests/soak/kills.py --kills 200 --ranks 1,2,4 --out runs/soak
+	PYTHONPATH=.:kernels $(BIN)/python tests/soak/two_hosts.py --out runs/two_hosts
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -80,7 +80,8 @@ def _train(config: Any, ranks: Any, stop: Any, as_json: bool) -> int:
             return 1
         except OSError as error:
             if error.errno in CANNOT_WRITE:
-                raise UserError(f"{folder}: cannot be written ({error.strerror}): make room, its checkpoints stand, and run the same command again") from error
+                why = f"{folder}: cannot be written ({error.strerror})"
+                raise UserError(f"{why}: the checkpoints there stand; make room and run the same command again") from error
             raise
         finally:
             reporter.finished()
