@@ -22,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     slurm.add_argument("--nodes", type=int, required=True, metavar="N", help="machines")
     slurm.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="0 trains on CPUs")
     slurm.add_argument("--procs-per-node", type=int, metavar="P", help="ranks per machine (default: one per GPU; needed with --gpus-per-node 0)")
+    slurm.add_argument("--cpus-per-node", type=int, metavar="C", help="share machines and take C cores of each (default: whole machines)")
     slurm.add_argument("--partition", metavar="NAME")
     slurm.add_argument("--account", metavar="NAME")
     slurm.add_argument("--time", metavar="D-HH:MM:SS", help="time limit; the run saves before it and the job is requeued")
@@ -106,6 +107,7 @@ def sbatch_lines(args: argparse.Namespace, folder: Any) -> list[str]:
         "nodes": args.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": args.gpus_per_node or None,
+        "cpus-per-task": args.cpus_per_node,
         "partition": args.partition,
         "account": args.account,
         "time": args.time,
@@ -115,7 +117,8 @@ def sbatch_lines(args: argparse.Namespace, folder: Any) -> list[str]:
         "output": folder.logs / "job-%j.log",
     }
     options = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    return [*options, "--requeue" if args.requeue else "--no-requeue", *args.sbatch_arg]
+    whole = [] if args.cpus_per_node else ["--exclusive"]
+    return [*options, *whole, "--requeue" if args.requeue else "--no-requeue", *args.sbatch_arg]
 
 
 def _require_sense(args: argparse.Namespace) -> None:
@@ -128,6 +131,8 @@ def _require_sense(args: argparse.Namespace) -> None:
         problems.append(f"--gpus-per-node {args.gpus_per_node}: must be 0 or more")
     if args.procs_per_node is not None and args.procs_per_node < 1:
         problems.append(f"--procs-per-node {args.procs_per_node}: must be at least 1")
+    if args.cpus_per_node is not None and args.cpus_per_node < 1:
+        problems.append(f"--cpus-per-node {args.cpus_per_node}: must be at least 1")
     if args.gpus_per_node == 0 and args.procs_per_node is None:
         problems.append("--gpus-per-node 0: training on CPUs also needs --procs-per-node")
     if args.gpus_per_node and args.procs_per_node not in (None, args.gpus_per_node):
