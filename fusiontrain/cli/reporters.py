@@ -76,13 +76,13 @@ class LiveReporter(SilentReporter):
         from rich.console import Console
         from rich.live import Live
 
-        self.console = Console(stderr=True)
-        self.live = Live(get_renderable=self._view, console=self.console, refresh_per_second=REFRESHES_PER_SECOND)
         self.done = self.total = 0
         self.what = "starting"
         self.left: float | None = None
         self.values: dict[str, Any] = {}
         self.saved: tuple[str, float] | None = None
+        self.console = Console(stderr=True)
+        self.live = Live(get_renderable=self._view, console=self.console, refresh_per_second=REFRESHES_PER_SECOND)
 
     def indexing(self, done: int, total: int) -> None:
         self.what, self.done, self.total = "indexing shards", done, total
