@@ -26,7 +26,7 @@ RECIPES = {
     "MoT, three modalities": {"model.recipe": "mot", "model.norm_position": "post", "model.vocab_size": 262 + NUM_CODES + NUM_UNITS, **CODES, **SPEECH},
     "Chameleon": {"model.recipe": "chameleon", "model.qk_norm": "layer", "model.dropout": 0.1, "model.vocab_size": 260 + NUM_CODES, **CODES},
 }
-STEPS = 6
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def config_of(world: Path, recipe: str, name: str, **overrides) -> Config:
             "seed": 3, "run.dir": str(world / name), "data.sources": [{"path": str(world / "world" / "train")}], "data.sequence_length": 320,
             "data.validation_sources": [{"path": str(world / "world" / "validation")}], "data.pack_window_documents": 16,
             "data.condition_dropout": 0.0, "data.image": {"size": 32, "patch_size": 8}, "objective.image": "flow_matching",
-            "optimizer.learning_rate": 3e-3, "train.steps": STEPS, "train.threads": 1, "checkpoint.every_steps": 3,
+            "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 2, "train.steps": STEPS, "train.threads": 1, "checkpoint.every_steps": STEPS // 2,
             "evaluate.every_steps": None, "sample.every_steps": None, **RECIPES[recipe], **overrides,
         }
     )  # fmt: skip
@@ -62,17 +62,16 @@ def losses(config: Config) -> list[float]:
 def test_it_learns_and_ends_the_same_resumed_and_on_two_ranks(world, recipe):
     whole = config_of(world, recipe, f"{recipe}/whole")
     expected, found = train(whole), losses(whole)
-    assert len(found) == STEPS and found[-1] < 0.9 * found[0]
-    last = read_metrics(Path(whole.run.dir) / "metrics.jsonl")[-1]
-    names = {"text", "image", "speech"} if "speech" in whole.data.modalities else {"text", "image"}
-    assert {key.removeprefix("tokens/") for key in last if key.startswith("tokens/")} >= names and all(last[f"loss/{name}"] > 0 for name in names)
+    assert len(found) == STEPS
+    for name in whole.data.modalities:
+        of_modality = [row[f"loss/{name}"] for row in read_metrics(Path(whole.run.dir) / "metrics.jsonl") if row[f"loss/{name}"] is not None]
+        assert of_modality[-1] < 0.98 * of_modality[0], (name, of_modality)
 
-    first_half = config_of(world, recipe, f"{recipe}/resumed", **{"train.steps": STEPS // 2})
-    train(first_half)
-    resumed = train(config_of(world, recipe, f"{recipe}/resumed"))
+    half = Path(whole.run.dir) / "checkpoints" / f"step-{STEPS // 2:08d}"
+    resumed = train(config_of(world, recipe, f"{recipe}/resumed", **{"checkpoint.resume": str(half)}))
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items() if tensor is not None), "bit for bit"
 
     spread = config_of(world, recipe, f"{recipe}/spread")
-    shared_pool().run(train, 2, spread)
+    shared_pool().run(train, 2, spread, timeout_seconds=300)
     assert losses(spread) == pytest.approx(found, rel=1e-4), "two ranks see what one sees"
