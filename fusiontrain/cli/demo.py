@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontrain.cli.common import add_json_argument, note, print_json
+from fusiontrain.cli.common import ProgressLines, add_json_argument, note, print_json
 from fusiontrain.cli.demo_report import TARGETS, write_pictures, write_report
 from fusiontrain.studies.child import find_config, read_metrics, train
 from fusiontrain.utils.errors import UserError
@@ -84,7 +84,7 @@ class Demo:
     seed: int
     overrides: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
-    _last_line: float = 0.0
+    progress: ProgressLines = field(default_factory=ProgressLines)
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -92,7 +92,7 @@ class Demo:
         with self._stage("make the demo world"):
             self.ground.make_world(self.size.documents)
         with self._stage("pretrain a text-only Llama"):
-            self.ground.pretrain(self.size.overrides_llama, self.processes, self._progress)
+            self.ground.pretrain(self.size.overrides_llama, self.processes, self.progress)
         with self._stage("train LMFusion, first half, then SIGTERM"):
             stop = self._train_fusion(half=True)
         with self._stage("replay the steps before the stop"):
@@ -161,7 +161,7 @@ class Demo:
         every = self._fusion_config().checkpoint.every_steps
         middle = self._fusion_config().train.steps // 2 // every * every + self.size.replay_steps
         stop = middle if half else None
-        train(config, self.fusion, self._fusion_overrides(), self.processes, self._progress, stop)
+        train(config, self.fusion, self._fusion_overrides(), self.processes, self.progress, stop)
         return int(read_metrics(self.fusion)[-1]["step"])
 
     def _replay(self, stop: int) -> tuple[bool, int]:
@@ -173,7 +173,7 @@ class Demo:
             raise UserError(f"{self.fusion}: has no checkpoint before step {stop}, where it was stopped")
         replay = self.out / "replay"
         config = find_config("quickstart.yaml")
-        train(config, replay, self._fusion_overrides(), self.processes, self._progress, stop, resume=str(before[-1]))
+        train(config, replay, self._fusion_overrides(), self.processes, self.progress, stop, resume=str(before[-1]))
         return _same_steps(self.fusion, replay)
 
     def _text_drift(self) -> TextDrift:
@@ -198,11 +198,6 @@ class Demo:
         yield
         self.seconds[name] = time.monotonic() - started
         note(f"      done in {self.seconds[name]:.0f} s")
-
-    def _progress(self, run: str, step: int, steps: int) -> None:
-        if time.monotonic() - self._last_line > 15 and step:
-            note(f"      {run}: step {step:,}" + (f" of {steps:,}" if steps else ""))
-            self._last_line = time.monotonic()
 
     def _say_results(self, report: dict[str, Any]) -> None:
         scores = ", ".join(f"{name.removesuffix('_accuracy')} {report[name]:.2f}" for name in TARGETS)

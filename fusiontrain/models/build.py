@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,8 +17,10 @@ from fusiontrain.models.modalities.image import LinearPatcher
 from fusiontrain.models.modalities.unet import UNetPatcher
 from fusiontrain.models.modalities.vae import LatentCodec
 from fusiontrain.models.plan import ReadRows
+from fusiontrain.models.recipes.chameleon import chameleon
 from fusiontrain.models.recipes.dense import dense
 from fusiontrain.models.recipes.lmfusion import lmfusion
+from fusiontrain.models.recipes.mot import mot
 from fusiontrain.models.recipes.recipe import Recipe
 from fusiontrain.models.recipes.transfusion import transfusion
 from fusiontrain.models.shape import shape_from_config
@@ -26,7 +29,9 @@ from fusiontrain.objectives.flow_matching import FlowMatching
 from fusiontrain.objectives.next_token import NextToken
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {"dense": dense, "transfusion": transfusion, "lmfusion": lmfusion}
+RECIPES: dict[str, Callable[[ModelConfig, Sequence[str]], Recipe]] = {
+    "dense": dense, "transfusion": transfusion, "lmfusion": lmfusion, "mot": mot, "chameleon": chameleon
+}  # fmt: skip
 
 
 def build_model(config: Config, device: torch.device = CPU) -> FusionModel:
@@ -52,9 +57,9 @@ def first_weights(config: Config, model: FusionModel) -> ReadRows:
 
 
 def _construct(config: Config, device: torch.device, parameters_on: torch.device) -> FusionModel:
-    shape = base_shape(config.model.base) if config.model.base else shape_from_config(config.model)
+    shape = replace(base_shape(config.model.base), dropout=config.model.dropout) if config.model.base else shape_from_config(config.model)
     kernels = choose_kernels(config.kernels, shape, device, getattr(torch, config.parallel.precision))
-    recipe = RECIPES[config.model.recipe](config.model)
+    recipe = RECIPES[config.model.recipe](config.model, config.data.modalities)
     image: Patcher | None = None
     image_objective, codec, channels = None, None, 0
     if uses_images(config):

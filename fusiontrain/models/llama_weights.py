@@ -1,9 +1,12 @@
-"""The files of a Hugging Face Llama folder (`config.json` and safetensors), read and written tensor by tensor."""
+"""The files of a Hugging Face Llama folder (`config.json` and safetensors), read and written tensor by tensor; those of a Chameleon, which is a
+Llama with norms of its own, are read."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +33,23 @@ BLOCK_PARTS = {
 }
 """Module of a Llama layer -> module of a block, which holds one weight per group."""
 
+HEAD_NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
+"""The same of what Chameleon has beside it: a weight and a bias [H, Dh] each, which are [H * Dh] here."""
+
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Ends of the names of tensors that old folders hold and that config.json tells as well."""
+CODE_MAKER = "model.vqmodel."
+"""Beginning of the names of Chameleon's vector quantiser, which makes codes of pixels beforehand and is no part of the transformer."""
 
 
 def read_llama_shape(folder: str) -> ModelShape:
     """The shape in `folder/config.json`. Raises UserError if the folder does not hold a Llama, naming what is in the way."""
     path, config = Path(folder) / CONFIG_FILE, read_config_json(folder)
-    if config.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, expected 'llama'")
+    kind = config.get("model_type")
+    if kind not in ("llama", "chameleon"):
+        raise UserError(f"{path}: model_type is {kind!r}, expected 'llama' or 'chameleon'")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise UserError(f"{path}: {key}=true is not supported, Llama has no biases")
@@ -62,6 +71,8 @@ def read_llama_shape(folder: str) -> ModelShape:
             rope_scaling=_rope_scaling(rope, path),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            norm_position="post" if config.get("swin_norm") else "pre",
+            qk_norm="layer" if kind == "chameleon" else "none",
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing") from error
@@ -99,11 +110,12 @@ def parameter_names(model: FusionModel, llama_name: str) -> list[str]:
     if llama_name == "model.norm.weight":
         return [f"final_norm.{group}.weight" for group in model.final_norm]
     head, _, rest = llama_name.removeprefix("model.layers.").partition(".")
-    part = BLOCK_PARTS.get(rest.removesuffix(".weight"))
+    module, _, kind = rest.rpartition(".")
+    part = (BLOCK_PARTS if kind == "weight" else {}).get(module) or (HEAD_NORMS if model.shape.qk_norm == "layer" else {}).get(module)
     if part is None or not head.isdigit() or int(head) >= len(model.blocks):
         return []
     name = f"blocks.{head}.{part}"
-    return [f"{name}.{group}.weight" for group in model.get_submodule(name)]
+    return [f"{name}.{group}.{kind}" for group in model.get_submodule(name)]
 
 
 def llama_slices(model: FusionModel, folder: str) -> dict[str, Stored]:
@@ -117,13 +129,20 @@ def llama_slices(model: FusionModel, folder: str) -> dict[str, Stored]:
         names = parameter_names(model, llama_name)
         if not names and not _is_superfluous(model, llama_name):
             raise UserError(f"{tensor.file}: {llama_name} has no place in the Llama that config.json describes: the two do not belong together")
-        slices.update(dict.fromkeys(names, tensor))
+        slices.update(dict.fromkeys(names, _flat(tensor) if llama_name.rpartition(".")[0].endswith(tuple(HEAD_NORMS)) else tensor))
     _require_complete(model, slices, folder)
     return slices
 
 
+def _flat(tensor: Stored) -> Stored:
+    """The same bytes, as a tensor of a single dim."""
+    return replace(tensor, shape=(math.prod(tensor.shape),))
+
+
 def _is_superfluous(model: FusionModel, llama_name: str) -> bool:
-    """Whether nothing is lost without a tensor: the head of a model that has the embedding for one, and constants."""
+    """Whether nothing is lost without a tensor: the head of a model that has the embedding for one, constants, and what makes codes of images."""
+    if llama_name.startswith(CODE_MAKER):
+        return True
     return (llama_name == "lm_head.weight" and model.text.head is None) or llama_name.endswith(NOT_WEIGHTS)
 
 
@@ -139,6 +158,8 @@ def _require_complete(model: FusionModel, slices: Mapping[str, Stored], where: s
 
 def llama_names(model: FusionModel) -> dict[str, str]:
     """The text side of a model: names of a Llama's tensors -> names of parameters. Raises UserError for a text side that no Llama has."""
+    if model.shape.norm_position != "pre" or model.shape.qk_norm != "none":
+        raise UserError("this model norms behind its sublayers or its queries and keys, as no Llama does: it cannot be written as one")
     names = {"model.embed_tokens.weight": "text.embedding.weight"}
     for i in range(len(model.blocks)):
         for llama_part, part in BLOCK_PARTS.items():

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +113,34 @@ def _write_values(write: Callable[[memoryview], None], values: torch.Tensor, ten
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, not read yet."""
+    """A tensor in a file, not read yet. start: its first byte there."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
-    slices: Any
+    start: int
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """[last - first, ...] on the CPU. Raises UserError where the file cannot be read."""
-        if first >= last:
-            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        """[last - first, ...] on the CPU, memory of its own. Raises UserError where the file cannot be read."""
+        rows = torch.empty(max(last - first, 0), *self.shape[1:], dtype=self.dtype)
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if not rows.numel():
+            return rows
         try:
-            return self.slices[first:last]
-        except (OSError, SafetensorError) as error:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.start + first * row_bytes)
+                _read_all(file, memoryview(rows.view(-1).view(torch.uint8).numpy()))
+        except OSError as error:
             raise _unreadable(self.file, error) from error
+        return rows
+
+
+def _read_all(file: FileIO, target: memoryview) -> None:
+    while target:
+        count = file.readinto(target)
+        if not count:
+            raise OSError("it ends early")
+        target = target[count:]
 
 
 def open_tensors(folder: Path) -> dict[str, Stored]:
@@ -160,16 +174,24 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _tensors_of(path: Path) -> Iterator[tuple[str, Stored]]:
     if not path.is_file():
         raise UserError(f"{path}: is missing, and {INDEX_FILE} names it: fetch it again")
+    for name, entry in _read_header(path).items():
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} is of dtype {entry['dtype']}, which is not supported: give weights in {', '.join(DTYPES)}")
+        yield name, Stored(path, tuple(entry["shape"]), DTYPES[entry["dtype"]], entry["start"])
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """dtype, shape and start of every tensor. That they fit each other and the file is for the library to check."""
     try:
-        file = safe_open(path, framework="pt")  # its slices keep it open
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            slices = file.get_slice(name)
-            kind = slices.get_dtype()
-            if kind not in DTYPES:
-                raise UserError(f"{path}: {name} is of dtype {kind}, which is not supported: give weights in {', '.join(DTYPES)}")
-            yield name, Stored(path, tuple(slices.get_shape()), DTYPES[kind], slices)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(path, error) from error
+    header.pop("__metadata__", None)
+    return {name: {**entry, "start": 8 + length + entry["data_offsets"][0]} for name, entry in header.items()}
 
 
 def _require_index(folder: Path, tensors: dict[str, Stored]) -> None:

@@ -63,7 +63,7 @@ class GaussianPath(nn.Module):
 def image_mean_squared_error(prediction: torch.Tensor, target: torch.Tensor, payload: Payload) -> LossTerm:
     """Sum over target images of the mean squared error over all numbers of the image (Transfusion 2.2), and their number.
 
-    prediction and target [N, C]. In float32. Without a target image the sum is 0 and the prediction's gradient zero, not None.
+    prediction and target [N, C]; the term's rows count from 0. In float32. Without a target image the sum is 0 and the prediction's gradient zero, not None.
     """
     is_target, image_ids = payload.is_target, payload.image_ids
     tokens = torch.zeros(len(is_target), device=prediction.device).index_add_(
@@ -72,7 +72,8 @@ def image_mean_squared_error(prediction: torch.Tensor, target: torch.Tensor, pay
     # Weights and one plain sum, not a scattered sum per image: the latter adds in any order on a GPU.
     weights = is_target.float() / tokens.clamp(min=1)
     errors = (prediction.float() - target.float()).square().mean(-1)  # [N]
-    return LossTerm((errors * weights[image_ids]).sum(), is_target.sum())
+    parts = errors * weights[image_ids]
+    return LossTerm(parts.sum(), is_target.sum(), parts.detach(), torch.arange(len(parts), device=parts.device))
 
 
 def beside(levels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fusiontrain.types import IGNORE_INDEX, LossTerm
-from fusiontrain_kernels.linear_cross_entropy import linear_cross_entropy
+from fusiontrain_kernels.linear_cross_entropy import linear_cross_entropy_by_row
 
 
 class NextToken(nn.Module):
@@ -22,12 +22,12 @@ class NextToken(nn.Module):
         self.impl, self.z_loss = impl, z_loss
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, num_labels: int) -> LossTerm:
-        """hidden [n, D], weight [V, D], labels [n] int64, loss_weights [n] float32 -> weighted sum, number of labels.
+        """hidden [n, D], weight [V, D], labels [n] int64, loss_weights [n] float32 -> weighted sum, number of labels; its rows are those of `hidden`.
 
         Rows labelled IGNORE_INDEX are left out before the head, which is most of the head's cost where images are. num_labels: how many
         rows are not, a host number, so that nothing waits for the device to count them.
         """
         rows = (labels != IGNORE_INDEX).nonzero_static(size=num_labels).squeeze(1)
         z_loss = self.z_loss if self.training else 0.0
-        total = linear_cross_entropy(hidden[rows], weight, labels[rows], loss_weights[rows], z_loss=z_loss, impl=self.impl)
-        return LossTerm(total, torch.full((), num_labels, dtype=torch.int64, device=hidden.device))
+        total, parts = linear_cross_entropy_by_row(hidden[rows], weight, labels[rows], loss_weights[rows], z_loss=z_loss, impl=self.impl)
+        return LossTerm(total, torch.full((), num_labels, dtype=torch.int64, device=hidden.device), parts, rows)

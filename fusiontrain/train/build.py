@@ -33,7 +33,9 @@ from fusiontrain.train.checkpoint import (
 from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
+from fusiontrain.train.progress import Progress
 from fusiontrain.train.signals import BreakOff, StopRequest
+from fusiontrain.train.sinks.all import missing_packages
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
 from fusiontrain.train.trainer import Reporter, Trainer
 from fusiontrain.utils.errors import UserError
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for what can only be known with the ranks and the disk at hand, all problems at once."""
-    problems = [str(problem) for problem in file_problems(config)]
+    problems = [*(str(problem) for problem in file_problems(config)), *missing_packages(config.metrics.sinks)]
     mesh_shape(config.parallel, world_size)
     sequences, micro = config.train.global_batch_sequences, config.train.micro_batch_sequences or 1
     if sequences % (world_size * micro):
@@ -57,7 +59,7 @@ def check_config(config: Config, world_size: int) -> None:
         raise UserError("\n".join(problems))
 
 
-def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> Trainer:
+def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest, progress: Progress | None = None) -> Trainer:
     """Everything that a run needs, resumed as `checkpoint.resume` says. All ranks call this together, inside their process group.
 
     Raises UserError for what the user can mend: files, shapes, a checkpoint of another model or of other data. Raises BreakOff where a rank was
@@ -100,7 +102,8 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
         reporter.event(f"passed over {damage}")
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
-    return Trainer(config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer, zero)
+    parts = (config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer, zero)
+    return Trainer(*parts, progress or Progress())
 
 
 def index_first(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest) -> None:
@@ -195,4 +198,4 @@ def open_run_folder(config: Config, step: int) -> MetricsWriter:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    return MetricsWriter(folder, step)
+    return MetricsWriter(folder, step, config)

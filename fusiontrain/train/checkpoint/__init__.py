@@ -3,7 +3,8 @@
 A checkpoint is the folder `step-00000100/`:
     *.distcp, .metadata   the tensors, written by torch.distributed.checkpoint, each rank its own shards
     config.yaml           the resolved config, so that the folder alone is enough to sample from
-    manifest.json         size and sha256 of every file above, the model's identity, the run's state, versions; last to be written
+    base/                 with `checkpoint.frozen: copy`, the folder of the model that the run started from
+    manifest.json         size and checksum of every file above, the model's identity, the run's state, versions; last to be written
 
 It is written as `step-00000100.tmp/` and renamed when the manifest is on disk, so a run that dies while saving leaves the previous
 checkpoint as it was. torch's format has no checksums of its own: a flipped byte would load silently.

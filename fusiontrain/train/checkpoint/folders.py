@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from fusiontrain.train.checkpoint.durable import sync_folder
+from fusiontrain.train.checkpoint.durable import sync
 from fusiontrain.train.checkpoint.manifest import MANIFEST, read_manifest
 from fusiontrain.train.retention import Retention, superfluous
 from fusiontrain.utils.errors import UserError
@@ -64,27 +64,32 @@ def set_aside_newer(checkpoints: Path, step: int) -> list[Path]:
 
 def publish(partial: Path, final: Path) -> None:
     """Give a finished folder its name, in one step; a checkpoint of the same step is replaced."""
-    sync_folder(partial)
+    sync(partial)
     if final.exists():
         replaced = final.with_name(final.name + ".replaced.tmp")
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    partial.rename(final)
-    sync_folder(final.parent)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        partial.rename(final)
+    sync(final.parent)
 
 
 def prune(checkpoints: Path, keep: Retention, dry_run: bool = False) -> list[Path]:
-    """Delete the checkpoints that `keep` has no reason for and what unfinished saves left behind; returns the former. A folder loses its name
-    first, so it is never half there."""
+    """Delete the checkpoints that `keep` has no reason for, and return them. A folder loses its name first, so it is never half there."""
     numbered = [(checkpoint_step(path), path) for path in list_checkpoints(checkpoints)]
     gone = superfluous(numbered, keep, _metrics_of)
-    if dry_run:
-        return gone
-    for path in gone:
-        path.rename(path.with_name(path.name + ".tmp"))
+    if not dry_run:
+        for path in gone:
+            shutil.rmtree(path.rename(path.with_name(path.name + ".tmp")), ignore_errors=True)
+    return gone
+
+
+def clear_leftovers(checkpoints: Path) -> None:
+    """Delete what saves and deletions left behind that did not end. Only a run that is not saving may call this."""
     for path in checkpoints.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-    return gone
 
 
 def _metrics_of(checkpoint: Path) -> Mapping[str, float]:

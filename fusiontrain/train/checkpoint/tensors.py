@@ -11,6 +11,10 @@ import torch
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 """{"model": {name: tensor}, "optimizer": {name.key: tensor}}"""
 
+TENSOR_FILES = ".distcp"
+METADATA = ".metadata"
+"""torch's names: of the files that hold tensors, one per rank, and of the one that says what is where."""
+
 
 def alone() -> bool:
     """Whether there is no process group."""
