@@ -137,6 +137,13 @@ def test_with_recomputation_in_bfloat16(stage: int, base: str) -> None:
     assert_same((got[0], {name: tensor.float() for name, tensor in got[1].items()}), (results, wanted))
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_text_learns_at_its_own_rate(stage: int, base: str) -> None:
+    rates = {"model.freeze_text": False, "optimizer.text_learning_rate_ratio": 0.1}
+    config = make_config("lmfusion", base, {**rates, "parallel.engine": "deepspeed", "parallel.zero_stage": stage})
+    assert_same(run(train, 2, config), train(make_config("lmfusion", base, rates), 1))
+
+
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 1), (2, 2), (3, 2)])
 def test_a_step_that_is_not_finite_updates_nothing_on_any_rank(stage: int, world_size: int, base: str) -> None:
     """The steps around it are those of a run without it, but for their learning rates and samples: the state counts the others alone."""
