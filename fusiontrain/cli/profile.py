@@ -85,7 +85,7 @@ def _print_findings(report: Report) -> None:
         f"collectives hidden behind computing: {report.hidden_collectives_seconds * 1e3:.2f} ms; largest over mean of the ranks: "
         f"model time {report.imbalance['model_seconds']:.2f}, tokens {report.imbalance['tokens']:.2f}",
         f"compiled again {report.compilation['compiled_again']} times, {len(report.compilation['graph_breaks'])} graph breaks; "
-        f"{sum(report.syncs.values()):.1f} waits for the device a step",
+        f"{sum(report.syncs.values()):.1f} operators a step {'that a GPU would be waited for' if report.device == 'CPU' else 'wait for the device'}",
     ]
     if report.memory:
         moment, held = max(report.memory.items(), key=lambda item: sum(item[1].values()))

@@ -163,9 +163,10 @@ def test_a_part_that_loses_its_name_is_missed(world, monkeypatch):
 
 
 def test_a_text_only_model_has_no_row_for_pictures(world):
-    folder, config = world
+    folder, _ = world
     sources = [{"path": str(folder / "world" / "train")}]
-    dense = tiny_config({"model.recipe": "dense", "data.modalities": ["text"], "data.sources": sources, "train.threads": 1, "run.dir": str(folder / "run")})
+    settings = {"model.recipe": "dense", "data.modalities": ["text"], "data.sources": sources, "train.threads": 1}
+    dense = tiny_config({**settings, "run.dir": str(folder / "run")})
     found = take(dense, folder / "text").to_dict()
     require_whole(found)
     assert not [part for part in seconds(found) if part[1] == "image" or part[0] in (PATCHER, IMAGE_LOSS)]

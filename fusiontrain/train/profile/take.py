@@ -12,7 +12,7 @@ import torch
 
 from fusiontrain.config.schema import Config
 from fusiontrain.parallel.mesh import Ranks
-from fusiontrain.parallel.reduce import barrier, gather_objects
+from fusiontrain.parallel.reduce import barrier, gather_objects, on_main
 from fusiontrain.train.build import build_trainer
 from fusiontrain.train.profile.advice import largest_loss
 from fusiontrain.train.profile.cross_check import cross_check
@@ -36,13 +36,7 @@ def take_profile(config: Config, name: str, ranks: Ranks, reporter: Reporter, st
     or a step is missing.
     """
     scratch = folder / SCRATCH
-    if ranks.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(scratch, ignore_errors=True)
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written to ({error.strerror}): give another folder") from error
-    barrier()
+    on_main(lambda: _make(folder))
     trainer = build_trainer(for_profile(config, warmup + steps + 1, scratch), ranks, reporter, StopRequest())
     try:
         window = Window(trainer, warmup, steps, folder)
@@ -59,6 +53,14 @@ def take_profile(config: Config, name: str, ranks: Ranks, reporter: Reporter, st
     (folder / JSON_FILE).write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
     (folder / PAGE_FILE).write_text(page(report), encoding="utf-8")
     return report
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written to ({error.strerror}): give another folder") from error
 
 
 def for_profile(config: Config, steps: int, folder: Path) -> Config:

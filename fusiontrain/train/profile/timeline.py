@@ -6,12 +6,12 @@ what it waits for. On a CPU the host's own thread is what runs.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fusiontrain.train.profile.host import IN_FLIGHT, STEP, Host, Label
-from fusiontrain.train.profile.parts import COLLECTIVES, IDLE, ONCE, TO_DEVICE, Call, Cell, whole
+from fusiontrain.train.profile.parts import COLLECTIVES, EVERYTHING, IDLE, ONCE, TO_DEVICE, Call, Cell, whole
 from fusiontrain.train.profile.trace import ANNOTATION, COPY, ON_DEVICE, RUNTIME, Event
 
 Interval = tuple[int, int]
@@ -54,7 +54,7 @@ def divide(events: Sequence[Event], calls: Sequence[Call]) -> Divided:
     layers = _device_layers(kernels, events, host, main) if kernels else _host_layers(host, main)
     exposed = Label(whole(COLLECTIVES), ONCE)
     layers.insert(-1, [(start, end, exposed) for start, end in flights])
-    cells: Counter[Cell] = Counter()
+    cells: defaultdict[Cell, float] = defaultdict(float)
     free, taken_by_collectives = windows, 0
     for layer in layers:
         taken, free = _take(free, layer)
@@ -62,7 +62,7 @@ def divide(events: Sequence[Event], calls: Sequence[Call]) -> Divided:
             taken_by_collectives += (end - start) * (label is exposed)
             for cell, share in label.call.cells(label.phase).items():
                 cells[cell] += (end - start) * share / NANO
-    cells[Cell(IDLE, *whole(IDLE).forward, ONCE)] += sum(end - start for start, end in free) / NANO
+    cells[Cell(IDLE, EVERYTHING, ONCE)] += sum(end - start for start, end in free) / NANO
     in_flight = sum(end - start for start, end, _ in _take(windows, [(start, end, exposed) for start, end in flights])[0])
     lengths = tuple((end - start) / NANO for start, end in windows)
     spent = {cell: seconds for cell, seconds in cells.items() if seconds > 0}
@@ -140,7 +140,7 @@ def _take(free: Sequence[Interval], layer: Sequence[Piece]) -> tuple[list[Piece]
     return taken, left
 
 
-def _if_any(start: float, end: float) -> Iterator[Interval]:
+def _if_any(start: int, end: int) -> Iterator[Interval]:
     if end > start:
         yield start, end
 

@@ -16,8 +16,11 @@ KINDS = (OPERATOR, ANNOTATION, *ON_DEVICE, *RUNTIME)
 
 @dataclass(frozen=True)
 class Event:
-    """Times in whole nanoseconds since any moment, so that what ends as another begins does just that. sequence: of autograd, shared by an operator and its backward, -1 without one. backward: whether it is the
-    latter. correlation: shared by a kernel and the call of the runtime that launched it."""
+    """Times in whole nanoseconds since any moment, so that what ends as another begins does just that.
+
+    sequence: of autograd, shared by an operator and its backward, -1 without one. backward: whether it is the latter. correlation: shared by a kernel
+    and the call of the runtime that launched it.
+    """
 
     name: str
     kind: str

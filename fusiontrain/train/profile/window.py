@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Window:
         self.trace = folder / f"trace-rank-{trainer.ranks.rank}.json"
         self.scopes = Scopes(trainer)
         self.memory = MemoryWatch(trainer, folder)
+        self._load: Callable[[Any], Iterator[Any]] = trainer.loader.iterate
         self._undo = contextlib.ExitStack()
         self._begun = 0
         self._batches: list[Sequence[Batch]] = []
@@ -88,7 +89,7 @@ class Window:
         return self._batches[0][0]
 
     def _iterate(self, start: Any) -> Iterator[Any]:
-        batches = type(self.trainer.loader).iterate(self.trainer.loader, start)
+        batches = self._load(start)
         while True:
             self._begin_step()
             with self.scopes.open(whole(DATA_WAIT)):
