@@ -6,41 +6,30 @@ import argparse
 import importlib.util
 import os
 import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from fusiontrain.cli import doctor_machine
 from fusiontrain.cli.common import add_json_argument, print_json, print_table
+from fusiontrain.cli.doctor_machine import GIB, Check
 
 MINIMUM_PYTHON, MINIMUM_TORCH = (3, 11), (2, 11)
-GIB = 1024**3
-ENOUGH_MEMORY_GIB, ENOUGH_SHARED_MEMORY_GIB, ENOUGH_DISK_GIB = 6, 1, 5
+ENOUGH_MEMORY_GIB = 6
 
 NEEDED = ("transformers", "webdataset", "tensorboard", "pydantic", "omegaconf", "pillow", "numpy", "safetensors", "tokenizers", "rich")
 OPTIONAL = {
     "triton": "GPU kernels; comes with a CUDA build of torch",
     "diffusers": "pixels to latents by a VAE; pip install 'fusiontrain[vae]'",
+    "flash-attn": "one more implementation of attention on GPUs; pip install 'fusiontrain[gpu]'",
     "simplejpeg": "JPEGs in less time; without it Pillow decodes them, with the same pixels or nearly so",
     "s3fs": "shards on S3; pip install 'fusiontrain[s3]'",
     "gcsfs": "shards on Google Cloud Storage; pip install 'fusiontrain[gcs]'",
 }
-
-Status = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. `detail` says what was found and, unless the status is ok, what to do."""
-
-    name: str
-    status: Status
-    detail: str
-
 
 @dataclass(frozen=True)
 class Operator:
@@ -55,30 +44,68 @@ class Operator:
 
 def add_parser(subparsers: Any) -> None:
     """Adds `doctor` to the program's subparsers."""
-    add_json_argument(subparsers.add_parser("doctor", help="check this machine and say what to do"))
+    parser = subparsers.add_parser("doctor", help="check this machine, or under torchrun all machines, and say what to do")
+    parser.add_argument("--dir", metavar="FOLDER", help="where runs will be written; under torchrun all ranks must share it (default: the current folder)")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes seconds: bandwidths, and loading DeepSpeed")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0, or 1 if a check failed."""
-    checks, kernels = list(examine()), find_kernels()
-    if args.json:
-        good = all(check.status != "fail" for check in checks)
-        print_json({"ok": good, "checks": [asdict(check) for check in checks], "kernels": [asdict(operator) for operator in kernels]})
-    else:
-        print_table((check.status, check.name, check.detail) for check in checks)
-        _print_kernels(kernels)
-    return int(any(check.status == "fail" for check in checks))
+    """Exit code 0, or 1 if a check failed, on any rank; the main rank prints."""
+    folder = Path(args.dir) if args.dir else Path.cwd()
+    checks, is_main = _over_ranks(folder, args.quick) if "WORLD_SIZE" in os.environ else (list(examine(folder, args.quick)), True)
+    good = all(check.status != "fail" for check in checks)
+    if is_main:
+        kernels = find_kernels()
+        if args.json:
+            print_json({"ok": good, "checks": [asdict(check) for check in checks], "kernels": [asdict(operator) for operator in kernels]})
+        else:
+            print_table((check.status, check.name, check.detail) for check in checks)
+            _print_kernels(kernels)
+    return int(not good)
 
 
-def examine() -> Iterator[Check]:
-    """Every check in turn. A check that breaks is reported as failed, and the others still run."""
-    checks: tuple[Callable[[], Iterator[Check]], ...] = (_python, _packages, _deepspeed, _torch, _communication, _machine, _folder)
-    for check in checks:
+def examine(folder: Path, quick: bool = False) -> Iterator[Check]:
+    """Every check of this machine in turn. A check that breaks is reported as failed, and the others still run."""
+    checks: dict[str, Callable[[], Iterator[Check]]] = {
+        "python": _python,
+        "packages": _packages,
+        "deepspeed": partial(_deepspeed, quick),
+        "torch": _torch,
+        "driver": doctor_machine.driver,
+        "communication": _communication,
+        "machine": _machine,
+        "limits": lambda: doctor_machine.limits(_has_cuda()),
+        "/dev/shm": doctor_machine.shared_memory,
+        "folder": lambda: doctor_machine.folder(folder, quick),
+    }
+    for name, check in checks.items():
         try:
             yield from check()
         except Exception as error:
             # Here the error is the finding: an unloadable library may raise anything.
-            yield Check(check.__name__.strip("_"), "fail", f"{type(error).__name__}: {error}; reinstall it")
+            yield Check(name, "fail", f"{type(error).__name__}: {error}; reinstall it")
+
+
+def _over_ranks(folder: Path, quick: bool) -> tuple[list[Check], bool]:
+    """The findings of all ranks, the same on each, and whether this is the main one."""
+    from fusiontrain.cli.doctor_ranks import merge, over_ranks
+    from fusiontrain.config.schema import ParallelConfig
+    from fusiontrain.parallel.mesh import process_group, read_ranks
+    from fusiontrain.parallel.reduce import gather_objects
+
+    ranks = read_ranks()
+    if ranks.world_size == 1:
+        return list(examine(folder, quick)), True
+    own = list(examine(folder, quick))
+    try:
+        with process_group(ranks, ParallelConfig(timeout_seconds=60)):
+            together = list(over_ranks(ranks, folder, quick))
+            return [*merge(gather_objects(own)), *together], ranks.is_main
+    except RuntimeError as error:
+        # The group itself is what failed: each rank says what it knows.
+        reason = str(error).strip().splitlines()[0]
+        return [*own, Check("ranks", "fail", f"rank {ranks.rank}: {reason}; check GLOO_SOCKET_IFNAME, the firewall and the rendezvous")], True
 
 
 def find_kernels() -> list[Operator]:
@@ -133,10 +160,13 @@ def _packages() -> Iterator[Check]:
         yield Check("kernels", "fail", "a folder called 'kernels' with an __init__.py hides the package of that name; rename or leave it")
 
 
-def _deepspeed() -> Iterator[Check]:
+def _deepspeed(quick: bool = False) -> Iterator[Check]:
     """Whether parallel.engine: deepspeed can be used: what is installed need not load."""
     if not _installed("deepspeed"):
         yield Check("deepspeed", "warn", "not installed (the ZeRO engine; pip install 'fusiontrain[deepspeed]')")
+        return
+    if quick:
+        yield Check("deepspeed", "ok", f"{_installed('deepspeed')}, not loaded")
         return
     from fusiontrain.parallel.deepspeed import import_deepspeed
     from fusiontrain.parallel.mesh import pick_device
@@ -174,7 +204,7 @@ def _communication() -> Iterator[Check]:
     yield Check("gloo", "ok" if gloo else "fail", "available" if gloo else "not in this torch; install a build with distributed")
     if torch.cuda.is_available():
         nccl = distributed.is_nccl_available()
-        yield Check("nccl", "ok" if nccl else "fail", "available" if nccl else "not in this torch; install a CUDA build")
+        yield Check("nccl", "ok" if nccl else "fail", ".".join(map(str, torch.cuda.nccl.version())) if nccl else "not in this torch; install a CUDA build")
 
 
 def _machine() -> Iterator[Check]:
@@ -183,25 +213,12 @@ def _machine() -> Iterator[Check]:
     if memory is not None:
         enough = memory >= ENOUGH_MEMORY_GIB
         yield Check("memory", "ok" if enough else "warn", f"{memory:.1f} GiB" + ("" if enough else f"; the demo wants {ENOUGH_MEMORY_GIB}"))
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        free = shutil.disk_usage(shared).free / GIB
-        enough = free >= ENOUGH_SHARED_MEMORY_GIB
-        advice = "" if enough else "; in a container give it more with --shm-size=8g"
-        yield Check("/dev/shm", "ok" if enough else "warn", f"{free:.1f} GiB free{advice}")
 
 
-def _folder() -> Iterator[Check]:
-    here = Path.cwd()
-    try:
-        with tempfile.TemporaryFile(dir=here):
-            pass
-    except OSError as error:
-        yield Check("folder", "fail", f"{here} cannot be written ({error.strerror}); change to another or set run.dir")
-        return
-    free = shutil.disk_usage(here).free / GIB
-    enough = free >= ENOUGH_DISK_GIB
-    yield Check("folder", "ok" if enough else "warn", f"{here} is writable, {free:.0f} GiB free" + ("" if enough else "; checkpoints need more"))
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _installed(name: str) -> str:

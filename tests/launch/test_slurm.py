@@ -118,10 +118,8 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_line_resumes_it(cluster):
     settings = ["train.steps=1000", "checkpoint.every_steps=1000", "evaluate.every_steps=1000"]
     job = cluster.launch("cancelled", *settings)["job"]
     cluster.wait(lambda: len(steps_of(cluster.folder / "cancelled")) > 2, lambda: cluster.log("cancelled", job))
-    busy = subprocess.run(
-        [sys.executable, "-m", "fusiontrain", "launch", "slurm", str(CONFIG), "run.dir=cancelled", *settings, "--nodes=2", "--gpus-per-node=0", "--procs-per-node=1"],
-        cwd=cluster.folder, env=cluster.environment, capture_output=True, text=True,
-    )
+    line = ["launch", "slurm", str(CONFIG), "run.dir=cancelled", *settings, "--nodes=2", "--gpus-per-node=0", "--procs-per-node=1"]
+    busy = subprocess.run([sys.executable, "-m", "fusiontrain", *line], cwd=cluster.folder, env=cluster.environment, capture_output=True, text=True)
     assert busy.returncode == 2 and f"its job {job} is RUNNING" in busy.stderr
     cluster.call("scancel", str(job))
     cluster.wait(lambda: cluster.call("squeue", "--noheader") == "", lambda: cluster.log("cancelled", job))
