@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import math
 import re
 import threading
@@ -16,12 +15,10 @@ from PIL import Image
 
 from fusiontrain.config.schema import Config
 from fusiontrain.testing.training import world_config
-from fusiontrain.train.build import check_config
 from fusiontrain.train.metrics import MetricsWriter, read_metrics
 from fusiontrain.train.sinks import guard
 from fusiontrain.train.sinks.guard import Guard
 from fusiontrain.train.step_values import KEYS, shown, tag_of
-from fusiontrain.utils.errors import UserError
 
 
 def two_sources(folder: Path, steps: int) -> Config:
@@ -193,40 +190,6 @@ def test_mlflow_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pyte
         history = sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, tag))
         assert history == [(step, pytest.approx(1 / step if scale is None else scale * step)) for step in (1, 2, 3, 4)]
     assert {file.path for file in client.list_artifacts(run.info.run_id, "run")} == {"run/config.md", "run/mixture.md"}
-
-
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
-def test_wandb_offline_has_every_step_once_under_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert write_some(tmp_path, 0, 3, ["wandb"]) == [] and write_some(tmp_path, 2, 4, ["wandb"]) == []
-    folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert folders and len({folder.name.rpartition("-")[2] for folder in folders}) == 1
-    assert json.loads((tmp_path / "run" / "wandb-run.json").read_text()) == {"id": folders[0].name.rpartition("-")[2], "step": 4}
-    steps = [step for folder in folders for step in wandb_steps(next(folder.glob("*.wandb")))]
-    assert sorted(set(steps)) == [1, 2, 3, 4] and len(steps) == len(set(steps))
-
-
-def wandb_steps(file: Path) -> list[int]:
-    """The steps with a loss in an offline run's file, by W&B's own reader."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, steps = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-        if "loss/total" in items:
-            steps.append(int(record.history.step.num))
-    return steps
-
-
-def test_a_sink_that_is_not_installed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config.model_validate(world_config(tmp_path).model_dump() | {"metrics": {"sinks": ["wandb"]}})
-    monkeypatch.setattr("fusiontrain.train.sinks.all.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"metrics.sinks: wandb: is not installed: pip install 'fusiontrain\[wandb\]', or leave it out"):
-        check_config(config, 1)
 
 
 def test_tags_have_a_group_and_values_are_finite() -> None:
