@@ -78,7 +78,8 @@ def test_tensorboard_says_what_metrics_jsonl_says_and_a_resumed_run_repeats_no_s
 
     (picture,) = [image for image in events.Images("samples/pictures") if image.step == 4]
     assert Image.open(io.BytesIO(picture.encoded_image_string)).size == Image.open(tmp_path / "run/samples/step-00000004/grid.png").size
-    texts = {tag: [t.tensor_proto.string_val[0].decode() for t in events.Tensors(f"{tag}/text_summary")] for tag in ("run/config", "run/mixture", "samples/prompts")}
+    tags = ("run/config", "run/mixture", "samples/prompts")
+    texts = {tag: [t.tensor_proto.string_val[0].decode() for t in events.Tensors(f"{tag}/text_summary")] for tag in tags}
     assert "global_batch_sequences: 4" in texts["run/config"][0] and "a red circle." in texts["samples/prompts"][-1]
     assert f"| scenes | 1 | {used['documents']['scenes']:,} |" in texts["run/mixture"][-1]
 
