@@ -61,10 +61,10 @@ def sampled(sampler: str, path: GaussianPath, steps: int, eta: float = 0.0) -> t
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("euler", 0.0), ("heun", 0.0)])
 def test_every_sampler_converges_to_the_mean_and_variance_of_the_images(path: GaussianPath, sampler: str, eta: float) -> None:
     errors = []
-    for steps in (64, 256):
+    for steps in (32, 128):
         mean, variance = sampled(sampler, path, steps, eta)
         errors.append((abs(mean - MEAN), abs(math.sqrt(variance) - DEVIATION)))
-    assert all(error < 0.015 for error in errors[1]), errors
+    assert all(error < 0.03 for error in errors[1]), errors
     assert errors[1][1] < 0.4 * errors[0][1], errors
 
 
@@ -95,19 +95,21 @@ def test_order_of_convergence(path: GaussianPath, end: float, sampler: str, orde
 
 
 @pytest.mark.parametrize(("level", "next_level"), [(1.0, 0.996), (0.6, 0.5), (0.3, 0.299), (0.001, 0.0)])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_ancestral_step_is_the_posterior_of_ho(sampler: str, level: float, next_level: float) -> None:
-    """Eqs 6 and 7 of Ho et al., with the alphas of a subsequence; ddim is the same at eta 1."""
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 1.0), ("ddim", 1.0), ("ddim", 0.5)])
+def test_steps_with_noise_are_those_of_ho_and_of_song(sampler: str, eta: float, level: float, next_level: float) -> None:
+    """Eqs 6 and 7 of Ho et al., with the alphas of a subsequence; eqs 12 and 16 of Song et al., the same at eta 1."""
     path = Ddpm(1000)
     now, then = (float(path.alpha_bar[round(at * 1000)]) for at in (level, next_level))
-    beta = 1 - now / then
     x, eps, noise = 0.7, -1.3, 0.4
     clean = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
-    mean = math.sqrt(then) * beta / (1 - now) * clean + math.sqrt(1 - beta) * (1 - then) / (1 - now) * x
-    deviation = math.sqrt((1 - then) / (1 - now) * beta)
+    beta = 1 - now / then
+    deviation = eta * math.sqrt((1 - then) / (1 - now) * beta)
+    mean = math.sqrt(then) * clean + math.sqrt(1 - then - deviation**2) * eps
+    if eta == 1:
+        assert mean == pytest.approx(math.sqrt(then) * beta / (1 - now) * clean + math.sqrt(1 - beta) * (1 - then) / (1 - now) * x)
     number = partial(torch.full, (1, 1, 1), dtype=torch.float64)
     out = STEPS[sampler](
-        path, lambda x, at: (number(clean), number(eps)), number(x), torch.tensor(level), torch.tensor(next_level), lambda: number(noise), 1.0
+        path, lambda x, at: (number(clean), number(eps)), number(x), torch.tensor(level), torch.tensor(next_level), lambda: number(noise), eta
     )
     assert float(out) == pytest.approx(mean + deviation * noise, rel=1e-7)
 
@@ -157,7 +159,14 @@ def test_guidance_is_the_same_in_every_parametrisation() -> None:
 @pytest.mark.parametrize("path", [Ddpm(100), FlowMatching(1.0)], ids=["ddpm", "flow"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "heun"])
 def test_clipping_holds_the_clean_image_that_every_sampler_sees(path: GaussianPath, sampler: str) -> None:
-    """A model that points far outside, whose last look is what the last step of ddpm, ddim and Euler on a line returns."""
-    free, held = (denoise(lambda x, levels: -3 * x, path, [1], 4, (2, 2), 8, torch.device("cpu"), sampler=sampler, clip=clip) for clip in (None, 1.0))
-    assert free.abs().max() > 2
-    assert held.abs().max() <= 1.2
+    """A model that sees far too bright images paints what one does that sees the brightest, and the noise that goes with it."""
+
+    def sees(brightness: float, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        a, s = by_hand(path, levels[0])
+        noise = (x - a * brightness) / s
+        return noise if isinstance(path, Ddpm) else noise - brightness
+
+    painted = partial(denoise, path=path, keys=[1], num_channels=4, grid=(2, 2), steps=8, device=torch.device("cpu"), sampler=sampler)
+    held, brightest = painted(partial(sees, 5.0), clip=1.0), painted(partial(sees, 1.0))
+    torch.testing.assert_close(held, brightest, rtol=0, atol=1e-3)
+    assert painted(partial(sees, 5.0)).mean() > 4
