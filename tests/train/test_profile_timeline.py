@@ -103,6 +103,17 @@ def test_collectives_are_exposed_where_the_host_waits_and_hidden_where_it_comput
     assert sum(found.cells.values()) == pytest.approx(100e-6)
 
 
+def test_an_engine_waits_between_its_operators_and_works_in_them():
+    """A collective that begins and ends inside the engine's scope; starting it is no work, copying meanwhile is."""
+    found = divided(
+        entry("user_annotation", "FSDP::pre_forward (blocks.0)", 0, 60),
+        entry("cpu_op", "gloo:all_gather", 10, 40), operator("c10d::_allgather_base_", 10, 12), operator("aten::copy_", 20, 25),
+    )  # fmt: skip
+    cells = {cell.group: 1e6 * seconds for cell, seconds in found.cells.items()}
+    assert cells == pytest.approx({"sharding": 35, "collectives exposed": 25, "idle": 40})
+    assert found.hidden == pytest.approx(5e-6)
+
+
 def gpu_trace():
     launches = [
         scope(0, 0, 10), entry("cuda_runtime", "cudaLaunchKernel", 4, 5, correlation=1),

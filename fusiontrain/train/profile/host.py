@@ -121,6 +121,6 @@ class Host:
         if event.kind == ANNOTATION and event.name.startswith("FSDP::"):
             return Label(whole(SHARDING), ONCE)
         if event.backward:
-            made_by = self._made_by.get(event.sequence)
-            return Label(made_by.call if made_by else whole(MODEL), BACKWARD)
+            call = self._made_by[event.sequence].call if event.sequence in self._made_by else whole(MODEL)
+            return Label(call, BACKWARD if call.group in MODEL_GROUPS else ONCE)
         return outer.label

@@ -134,7 +134,7 @@ class Scopes:
         batch, model = self._batch, self.trainer.model
         assert batch is not None and isinstance(model, FusionModel)
         fixed = model.num_forward_only(batch)
-        if fixed and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return {TEXT.name: fixed}
         bounds = batch.modality_bounds
         return {m.name: bounds[m.id + 1] - max(bounds[m.id], fixed * (m.id == TEXT.id)) for m in MODALITIES}
