@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fusiontrain" / "__init__.py").read_text()).group(1)
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
+LAUNCHERS = ["launch/env.sh", "launch/slurm.sbatch", "launch/torchrun.sh"]
 
 setup(
     name="fusiontrain",
@@ -20,7 +21,7 @@ setup(
     # `kernels/` itself must not become a package: it would shadow the one of that name that transformers looks for.
     packages=[*find_packages(include=["fusiontrain", "fusiontrain.*"]), *find_packages("kernels", include=["fusiontrain_kernels", "fusiontrain_kernels.*"])],
     package_dir={"fusiontrain_kernels": "kernels/fusiontrain_kernels"},
-    data_files=[("share/fusiontrain/configs", CONFIGS)],
+    data_files=[("share/fusiontrain/configs", CONFIGS), ("share/fusiontrain/launch", LAUNCHERS)],
     entry_points={"console_scripts": ["fusiontrain = fusiontrain.cli.main:main"]},
     install_requires=[
         "filelock",
@@ -42,18 +43,22 @@ setup(
         "transformers>=5",
         "urllib3>=2",
         "webdataset>=1",
+        "xxhash>=3",
     ],
     extras_require={
         "gpu": ["flash-attn"],
         "deepspeed": ["deepspeed"],
         "parquet": ["pyarrow"],
+        "plots": ["matplotlib"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
         "vae": ["diffusers"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny>=3"],
         "bench": ["megatron-energon"],
         "dev": [
-            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "moto[s3]", "mypy", "pyarrow", "pytest",
-            "pytest-xdist", "ruff", "s3fs", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML",
+            "deepspeed", "diffusers", "flask", "flask-cors", "gcsfs", "hypothesis", "import-linter", "matplotlib", "mlflow-skinny>=3", "moto[s3]", "mypy",
+            "pyarrow", "pyte", "pytest", "pytest-xdist", "ruff", "s3fs", "triton>=3.6; platform_system == 'Linux'", "types-PyYAML", "wandb",
         ],
     },
 )

@@ -5,9 +5,9 @@ Legend of dims, used in every shape comment:
     F feed-forward width          V vocabulary         M modalities      G slices of the batch
     N continuous tokens (image patches)                C numbers per continuous token           I images
 
-Modality-major layout: the T tokens lie as `[all text tokens | all image tokens]`, where text is frozen as `[text that no image of
-its document comes before | other text | all image tokens]`; inside a slice, documents and tokens keep their reading order. Where a
-token stands in its document is metadata (`doc_ids`, `order_ids`, `position_ids`), never storage.
+Modality-major layout: the T tokens lie as `[all text tokens | all image tokens]`, and speech behind them where data have it; where text is
+frozen as `[text that no image of its document comes before | other text | all image tokens]`; inside a slice, documents and tokens keep their
+reading order. Where a token stands in its document is metadata (`doc_ids`, `order_ids`, `position_ids`), never storage.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class SourceRef:
 class Segment:
     """A run of tokens of one modality inside a document (numpy, CPU).
 
-    Discrete (text): `token_ids` [n] int64. Continuous (image): `values` [n, C], patches in raster order, with `grid` = (rows, columns),
-    rows * columns = n; float32, or pixels as uint8 0 to 255, which become float32 -1 to 1 in a batch.
+    Discrete (text, speech, codes of images): `token_ids` [n] int64. Continuous (image): `values` [n, C], patches in raster order, with `grid` =
+    (rows, columns), rows * columns = n; float32, or pixels as uint8 0 to 255, which become float32 -1 to 1 in a batch.
     bidirectional: tokens of the segment see each other regardless of order (image patches).
     is_target: the segment carries its modality's loss.
     max_timestep: largest noise level in [0, 1] that training may draw for it; 0 keeps it clean.
@@ -125,6 +125,7 @@ class Batch:
 
     token_ids        [T] int64       0 on continuous tokens
     labels           [T] int64       next token in reading order, IGNORE_INDEX where there is none
+    label_modality_ids [T] int8      modality of the label, the row's own where there is none
     loss_weights     [T] float32     weight of each label
     modality_offsets [M + 1] int32   first row of each modality; `modality_bounds` are the same numbers on the host
     slice_offsets    [G + 1] int32   first row of each slice; a modality is one or more neighbouring slices; `slice_bounds` on the host
@@ -132,19 +133,21 @@ class Batch:
     order_ids        [T] int32       place in the document's reading order
     segment_ids      [T] int32       >= 0: bidirectional span (unique in the batch); -1: causal
     position_ids     [T] int32       rotary position
+    row_keys         [T] int64       keys of the noise of each row (dropout), by its sequence and place there
     key_ranges       [T, G, 2] int32 the keys [lo, hi) of each slice that a query may see (absolute rows)
     query_ranges     [T, G, 2] int32 the transpose: the queries [lo, hi) of each slice that may see a key
     num_prefix_rows  rows of the first slice where it holds, besides padding, the text that no image of its document comes before; they see one
                      another alone. 0 where such text is not told apart; host number
     num_prefix_labels  labelled rows among them; host number
     payloads         by modality name, for continuous modalities (present also when empty)
-    target_counts    by modality name: text = labelled tokens, image = target images of this micro-batch; host numbers
+    target_counts    by modality name: labels of that modality, or target images where those are continuous; host numbers
     token_counts     by modality name: tokens without padding; host numbers
     sources          of the documents, in order of doc id
     """
 
     token_ids: torch.Tensor
     labels: torch.Tensor
+    label_modality_ids: torch.Tensor
     loss_weights: torch.Tensor
     modality_offsets: torch.Tensor
     modality_bounds: tuple[int, ...]
@@ -154,6 +157,7 @@ class Batch:
     order_ids: torch.Tensor
     segment_ids: torch.Tensor
     position_ids: torch.Tensor
+    row_keys: torch.Tensor
     key_ranges: torch.Tensor
     query_ranges: torch.Tensor
     num_prefix_rows: int
@@ -167,6 +171,11 @@ class Batch:
     def num_tokens(self) -> int:
         """T, padding included."""
         return self.modality_bounds[-1]
+
+    @property
+    def discrete(self) -> tuple[str, ...]:
+        """Names of the modalities whose tokens are ids."""
+        return tuple(name for name in self.target_counts if name not in self.payloads)
 
     @property
     def has_prefix_slice(self) -> bool:
@@ -195,7 +204,10 @@ class LossTerm:
     """A loss that is not yet divided: `sum` is a float32 scalar with gradient, `count` an int64 scalar.
 
     The trainer divides by the count over all ranks and micro-batches of the step, so splitting a batch changes nothing.
+    parts [n] float32 and rows [n] int64, to look at and without gradient: what each of n rows of the batch adds to `sum`.
     """
 
     sum: torch.Tensor
     count: torch.Tensor
+    parts: torch.Tensor | None = None
+    rows: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""`fusiontrain checkpoint list|verify|prune`: what a run has saved, whether it is still what was written, and what of it may go."""
+"""`fusiontrain checkpoint list|verify|prune|export|import`: what a run has saved, whether it is still what was written, and what of it may go."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fusiontrain.cli import checkpoint_folders
 from fusiontrain.cli.common import add_json_argument, print_json, print_table
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds `checkpoint` to the program's subparsers."""
-    actions = subparsers.add_parser("checkpoint", help="list, verify or prune checkpoints").add_subparsers(
+    actions = subparsers.add_parser("checkpoint", help="list, verify, prune, export or import checkpoints").add_subparsers(
         dest="action", metavar="ACTION", required=True
     )
     listing = actions.add_parser("list", help="the complete checkpoints of a run")
@@ -24,10 +25,13 @@ def add_parser(subparsers: Any) -> None:
     for parser in (listing, verify, prune):
         parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run folder, its checkpoints folder, or one checkpoint")
         add_json_argument(parser)
+    checkpoint_folders.add_parsers(actions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; UserError where there is no checkpoint or one is damaged."""
+    if args.action in checkpoint_folders.ACTIONS:
+        return checkpoint_folders.run(args)
     from fusiontrain.train.checkpoint import foreign_files, read_manifest, verify_checkpoint
     from fusiontrain.utils.errors import UserError
 

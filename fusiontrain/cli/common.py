@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,6 +60,18 @@ def print_table(rows: Iterable[Iterable[Any]], indent: str = "") -> None:
 def note(message: str) -> None:
     """A line for the person at the terminal, on stderr, so that stdout stays a document."""
     print(message, file=sys.stderr, flush=True)
+
+
+class ProgressLines:
+    """A line on stderr now and then while a training runs in a process of its own: a `fusiontrain.studies.child.Progress`."""
+
+    def __init__(self, seconds: float = 15) -> None:
+        self.seconds, self.last = seconds, 0.0
+
+    def __call__(self, run: str, step: int, steps: int) -> None:
+        if step and time.monotonic() - self.last > self.seconds:
+            note(f"      {run}: step {step:,}" + (f" of {steps:,}" if steps else ""))
+            self.last = time.monotonic()
 
 
 def _cell(value: Any) -> str:

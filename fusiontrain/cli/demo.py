@@ -11,16 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontrain.cli import demo_stages as stages
-from fusiontrain.cli.common import add_json_argument, note, print_json
+from fusiontrain.cli.common import ProgressLines, add_json_argument, note, print_json
 from fusiontrain.cli.demo_report import TARGETS, write_pictures, write_report
+from fusiontrain.studies.child import find_config, read_metrics, train
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
     from fusiontrain.generate.score import Judged
+    from fusiontrain.studies.ground import Ground
+    from fusiontrain.studies.text_drift import TextDrift
 
 MARKER = "fusiontrain-demo"
 """A file that says: this folder was made by the demo, which may empty it."""
+
+EDGE_STEPS = 20
+"""Losses "at the start" and "at the end" are means over this many steps."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,15 @@ class Demo:
     seed: int
     overrides: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
-    _last_line: float = 0.0
+    progress: ProgressLines = field(default_factory=ProgressLines)
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
         self._empty_folder()
         with self._stage("make the demo world"):
-            self._make_world()
+            self.ground.make_world(self.size.documents)
         with self._stage("pretrain a text-only Llama"):
-            self._pretrain()
+            self.ground.pretrain(self.size.overrides_llama, self.processes, self.progress)
         with self._stage("train LMFusion, first half, then SIGTERM"):
             stop = self._train_fusion(half=True)
         with self._stage("replay the steps before the stop"):
@@ -95,16 +100,16 @@ class Demo:
         with self._stage("resume LMFusion"):
             self._train_fusion(half=False)
         with self._stage("compare text logits with the Llama's"):
-            identical, tokens = stages.text_logits_identical(self.fusion, self.llama)
+            drift = self._text_drift()
         with self._stage("paint, caption and judge"):
             judged, samples = self._judge()
-        rows = stages.read_metrics(self.fusion)
+        rows = read_metrics(self.fusion)
         report = {
-            "text_logits_identical": identical,
+            "text_logits_identical": drift.identical,
             "resume_identical": same,
             **judged.summary,
             **{f"loss/{name}": _start_and_end(rows, f"loss/{name}") for name in ("text", "image")},
-            "tokens_per_second": stages.mean_of(rows, "tokens_per_second"),
+            "tokens_per_second": _mean_of(rows, "tokens_per_second"),
             "seconds": time.monotonic() - started,
             "samples": samples,
             "scores": judged.details,
@@ -113,7 +118,7 @@ class Demo:
             "steps": len(rows),
             "stopped_after_step": stop,
             "steps_compared": compared,
-            "text_tokens_compared": tokens,
+            "text_tokens_compared": drift.tokens,
             "validation": {key: value for key, value in rows[-1].items() if key.startswith("validation/")},
         }
         write_report(self.out, report)
@@ -123,33 +128,22 @@ class Demo:
     # ---------------------------------------------------------------- places
 
     @property
-    def world(self) -> Path:
-        return self.out / "world"
+    def ground(self) -> Ground:
+        from fusiontrain.studies.ground import Ground
 
-    @property
-    def llama(self) -> Path:
-        return self.out / "llama"
+        return Ground(self.out, self.seed)
 
     @property
     def fusion(self) -> Path:
         return self.out / "lmfusion"
 
-    def _sources(self, *series: str) -> tuple[str, ...]:
-        """The world of this demo in place of the config's, one source per series of shards."""
-        sources = (f"data.sources.{i}.path={self.world / 'train' / name}-*.tar" for i, name in enumerate(series))
-        return (*sources, f"data.validation_sources.0.path={self.world / 'validation'}", f"seed={self.seed}")
-
-    def _llama_overrides(self) -> tuple[str, ...]:
-        tokenizer = f"data.tokenizer.path={self.out / 'tokenizer.json'}"
-        return (*self._sources("texts", "pictures"), tokenizer, *self.size.overrides_llama)
-
     def _fusion_overrides(self) -> tuple[str, ...]:
-        return (*self._sources("pictures"), f"model.base={self.llama}", *self.size.overrides_fusion, *self.overrides)
+        return (*self.ground.sources("pictures"), f"model.base={self.ground.llama}", *self.size.overrides_fusion, *self.overrides)
 
     def _fusion_config(self) -> Any:
         from fusiontrain.config.load import load
 
-        return load(stages.find_config("quickstart.yaml"), self._fusion_overrides())
+        return load(find_config("quickstart.yaml"), self._fusion_overrides())
 
     def _empty_folder(self) -> None:
         if self.out.exists() and any(self.out.iterdir()):
@@ -161,26 +155,14 @@ class Demo:
 
     # ---------------------------------------------------------------- stages
 
-    def _make_world(self) -> None:
-        from fusiontrain.data.world.make import make_world
-        from fusiontrain.data.world.tokenizer import write_tokenizer
-
-        make_world(self.world, self.size.documents, self.seed)
-        write_tokenizer(self.world / "train", self.out / "tokenizer.json")
-
-    def _pretrain(self) -> None:
-        run = self.out / "llama_run"
-        stages.train(stages.find_config("quickstart_llama.yaml"), run, self._llama_overrides(), self.processes, self._progress)
-        stages.export_base(run, self.llama)
-
     def _train_fusion(self, half: bool) -> int:
         """The first half, ended by SIGTERM, or what is left of the training. Returns the step it ended after."""
-        config = stages.find_config("quickstart.yaml")
+        config = find_config("quickstart.yaml")
         every = self._fusion_config().checkpoint.every_steps
         middle = self._fusion_config().train.steps // 2 // every * every + self.size.replay_steps
         stop = middle if half else None
-        stages.train(config, self.fusion, self._fusion_overrides(), self.processes, self._progress, stop)
-        return int(stages.read_metrics(self.fusion)[-1]["step"])
+        train(config, self.fusion, self._fusion_overrides(), self.processes, self.progress, stop)
+        return int(read_metrics(self.fusion)[-1]["step"])
 
     def _replay(self, stop: int) -> tuple[bool, int]:
         """Resume a copy of the run from the periodic checkpoint before the stop, and compare the steps up to it."""
@@ -190,16 +172,21 @@ class Demo:
         if not before:
             raise UserError(f"{self.fusion}: has no checkpoint before step {stop}, where it was stopped")
         replay = self.out / "replay"
-        config = stages.find_config("quickstart.yaml")
-        stages.train(config, replay, self._fusion_overrides(), self.processes, self._progress, stop, resume=str(before[-1]))
-        return stages.same_steps(self.fusion, replay)
+        config = find_config("quickstart.yaml")
+        train(config, replay, self._fusion_overrides(), self.processes, self.progress, stop, resume=str(before[-1]))
+        return _same_steps(self.fusion, replay)
+
+    def _text_drift(self) -> TextDrift:
+        from fusiontrain.studies.text_drift import text_drift
+
+        return text_drift(self.fusion, self.ground.llama)
 
     def _judge(self) -> tuple[Judged, list[dict[str, str]]]:
         from fusiontrain.generate.score import judge_model
         from fusiontrain.train.inference import load_for_inference
 
         trained = load_for_inference(self.fusion)
-        judged = judge_model(trained.model, trained.tokenizer, trained.config, self.world, self.size.judged, self.seed)
+        judged = judge_model(trained.model, trained.tokenizer, trained.config, self.ground.world, self.size.judged, self.seed)
         return judged, write_pictures(self.out, judged.prompts, judged.pictures, self.size.sheet)
 
     # ---------------------------------------------------------------- words
@@ -212,11 +199,6 @@ class Demo:
         self.seconds[name] = time.monotonic() - started
         note(f"      done in {self.seconds[name]:.0f} s")
 
-    def _progress(self, run: str, step: int, steps: int) -> None:
-        if time.monotonic() - self._last_line > 15 and step:
-            note(f"      {run}: step {step:,}" + (f" of {steps:,}" if steps else ""))
-            self._last_line = time.monotonic()
-
     def _say_results(self, report: dict[str, Any]) -> None:
         scores = ", ".join(f"{name.removesuffix('_accuracy')} {report[name]:.2f}" for name in TARGETS)
         note(f"\nscores on validation prompts: {scores}")
@@ -226,5 +208,19 @@ class Demo:
 
 
 def _start_and_end(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float | None]:
-    edge = min(stages.EDGE_STEPS, max(1, len(rows) // 4))
-    return {"start": stages.mean_of(rows[:edge], key), "end": stages.mean_of(rows[-edge:], key)}
+    edge = min(EDGE_STEPS, max(1, len(rows) // 4))
+    return {"start": _mean_of(rows[:edge], key), "end": _mean_of(rows[-edge:], key)}
+
+
+def _mean_of(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Mean of the values of `key` that are numbers; None without one."""
+    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    return sum(values) / len(values) if values else None
+
+
+def _same_steps(original: Path, replay: Path) -> tuple[bool, int]:
+    """Whether every step that both runs recorded has bitwise equal losses and gradient norm, and how many such steps there are."""
+    keys = ("loss", "loss/text", "loss/image", "grad_norm", "lr", "tokens")
+    rows = {row["step"]: [row[key] for key in keys] for row in read_metrics(original)}
+    pairs = [(rows[row["step"]], [row[key] for key in keys]) for row in read_metrics(replay) if row["step"] in rows]
+    return bool(pairs) and all(before == after for before, after in pairs), len(pairs)

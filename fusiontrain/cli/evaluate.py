@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add_parser(subparsers: Any) -> None:
     """Adds `evaluate` to the program's subparsers."""
     parser = subparsers.add_parser("evaluate", help="validation losses, and the judge's scores on the demo world")
-    parser.add_argument("checkpoint", help="a checkpoint folder, or a run folder (its newest checkpoint)")
+    parser.add_argument("checkpoint", help="a checkpoint, an exported folder, or a run folder (its newest checkpoint)")
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="other data and settings than the checkpoint's own")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values to use instead, such as evaluate.batches=50")
     parser.add_argument("--judge", type=int, default=64, metavar="N", help="pictures painted and captioned where the data are a demo world (default: 64)")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fusiontrain.parallel.mesh import Ranks
 
 WAIT_SECONDS = 300
+SPEECH_TOKENS = ("<|speech|>", "<|/speech|>")
 READY = "ready"
 """Written last: the folder is whole."""
 
@@ -40,9 +41,9 @@ def _make(folder: Path, demo: DemoConfig) -> None:
     from fusiontrain.models.llama_weights import export_llama
 
     note(f"making a demo world of {demo.documents} documents in {folder}")
-    make_world(folder / "world", demo.documents, demo.seed)
+    make_world(folder / "world", demo.documents, demo.seed, tokens=demo.tokens)
     tokenizer = folder / "tokenizer.json"
-    write_tokenizer(folder / "world" / "train", tokenizer)
+    write_tokenizer(folder / "world" / "train", tokenizer, SPEECH_TOKENS if demo.tokens else ())
     shape = {"vocab_size": VOCAB_SIZE, "dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 128}
     config = Config.model_validate(
         {

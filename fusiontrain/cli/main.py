@@ -17,7 +17,9 @@ from fusiontrain.utils.errors import UserError
 
 PROGRAM = "fusiontrain"
 
-COMMANDS: tuple[str, ...] = ("demo", "train", "sample", "evaluate", "data", "config", "checkpoint", "estimate", "doctor")
+COMMANDS: tuple[str, ...] = (
+    "demo", "train", "sample", "evaluate", "data", "config", "checkpoint", "estimate", "profile", "reproduce", "launch", "doctor",
+)  # fmt: skip
 """Modules of this package, in the order of `--help`. To add a command, write its module and its name here."""
 
 EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130

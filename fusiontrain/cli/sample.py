@@ -6,19 +6,22 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fusiontrain.cli.common import add_json_argument, print_json
+from fusiontrain.config.schema import SampleConfig
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from fusiontrain.train.inference import Trained
+    from fusiontrain.train.trained import Sampling, Trained
 
 SHEET = "contact-sheet.png"
 RECORD = "samples.json"
+SAMPLERS = get_args(SampleConfig.model_fields["sampler"].annotation)
 
 
 class _InOrder(argparse.Action):
@@ -31,7 +34,7 @@ class _InOrder(argparse.Action):
 def add_parser(subparsers: Any) -> None:
     """Add `sample` and its options."""
     parser = subparsers.add_parser("sample", help="paint, caption or interleave with a trained model", description=__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint folder, or a run folder (its newest checkpoint)")
+    parser.add_argument("checkpoint", help="a checkpoint, an exported folder, or a run folder (its newest checkpoint)")
     parser.add_argument("--prompt", action=_InOrder, metavar="TEXT", help="text; may be repeated")
     parser.add_argument("--image", action=_InOrder, metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--out", required=True, metavar="DIR", help=f"gets the pictures, {SHEET} and {RECORD}")
@@ -43,6 +46,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none (default: the config's)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the config's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="of pictures (default: the config's)")
+    parser.add_argument("--eta", type=float, help="of --sampler ddim: 0 draws no noise, 1 as much as ddpm (default: the config's)")
     parser.add_argument("--seed", type=int, help="of noise and of text drawn at a temperature (default: the config's)")
     parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
@@ -63,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     trained = load_for_inference(args.checkpoint, args.ema)
     out = _folder(args.out)
     samples, pictures, captions = MODES[mode](args, trained, pieces)
-    settings = _settings(args, trained)
-    record = {"checkpoint": str(trained.checkpoint), "mode": mode, **settings, "samples": samples}
+    record = {"checkpoint": str(trained.checkpoint), "mode": mode, **asdict(_sampling(args, trained)), "samples": samples}
     _write(out, record, pictures, captions)
     if args.json:
         print_json(record)
@@ -92,18 +96,14 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be a number of at least {least}")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        raise UserError(f"sample: --eta {args.eta}: must be a number from 0 to 1")
 
 
-def _settings(args: argparse.Namespace, trained: Trained) -> dict[str, Any]:
+def _sampling(args: argparse.Namespace, trained: Trained) -> Sampling:
     """What the options leave open comes from the config that the model was trained with."""
-    defaults = trained.config.sample
-    return {
-        "seed": trained.config.seed if args.seed is None else args.seed,
-        "steps": defaults.steps if args.steps is None else args.steps,
-        "guidance": defaults.guidance if args.guidance is None else args.guidance,
-        "temperature": defaults.temperature if args.temperature is None else args.temperature,
-        "max_new_tokens": defaults.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
-    }
+    names = ("seed", "steps", "guidance", "sampler", "eta", "temperature", "max_new_tokens")
+    return trained.sampling(**{name: getattr(args, name) for name in names})
 
 
 Result = tuple[list[dict[str, Any]], list["np.ndarray"], list[str]]
@@ -111,46 +111,27 @@ Result = tuple[list[dict[str, Any]], list["np.ndarray"], list[str]]
 
 
 def _paint(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
-    from fusiontrain.generate.paint import paint
-
-    settings, data = _settings(args, trained), trained.config.data
-    pictures = paint(
-        trained.model,
-        trained.tokenizer,
-        prompts,
-        image=data.image,
-        steps=settings["steps"],
-        guidance=settings["guidance"],
-        seed=settings["seed"],
-        context=data.sequence_length,
-    )
+    if trained.writes_codes:
+        images = trained.paint_codes(prompts, _sampling(args, trained))
+        return [{"prompt": prompt, "codes": codes} for prompt, codes in zip(prompts, images, strict=True)], [], []
+    pictures = trained.paint(prompts, _sampling(args, trained))
     return [{"prompt": prompt, "file": _file(number)} for number, prompt in enumerate(prompts)], pictures, list(prompts)
 
 
 def _caption(args: argparse.Namespace, trained: Trained, pictures: Sequence[np.ndarray]) -> Result:
-    from fusiontrain.generate.caption import caption
-
-    data = trained.config.data
-    texts = caption(trained.model, trained.tokenizer, pictures, image=data.image, writing=_writing(args, trained), context=data.sequence_length)
+    texts = trained.captions(pictures, _sampling(args, trained))
     sources = [value for _, value in args.pieces]
     return [{"image": source, "text": text} for source, text in zip(sources, texts, strict=True)], list(pictures), texts
 
 
 def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any]) -> Result:
-    from fusiontrain.generate.interleave import interleave
-
-    settings, data = _settings(args, trained), trained.config.data
-    produced = interleave(
-        trained.model,
-        trained.tokenizer,
-        prompt,
-        image=data.image,
-        writing=_writing(args, trained),
-        max_images=args.max_images,
-        steps=settings["steps"],
-        guidance=settings["guidance"],
-        context=data.sequence_length,
-    )
+    if trained.writes_codes:
+        if any(kind == "image" for kind, _ in args.pieces):
+            raise UserError("sample: this model reads codes, which nothing here makes of a picture: give --prompt alone")
+        written = trained.write_document(prompt, _sampling(args, trained), args.max_images)
+        found = [{"text": piece} if isinstance(piece, str) else {"codes": piece} for piece in written]
+        return [{"prompt": [{kind: value} for kind, value in args.pieces], "pieces": found}], [], []
+    produced = trained.interleave(prompt, _sampling(args, trained), args.max_images)
     pieces: list[dict[str, str]] = []
     pictures: list[np.ndarray] = []
     captions: list[str] = []
@@ -168,13 +149,6 @@ def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any
 
 
 MODES: dict[str, Callable[..., Result]] = {"paint": _paint, "caption": _caption, "interleave": _interleave}
-
-
-def _writing(args: argparse.Namespace, trained: Trained) -> Any:
-    from fusiontrain.generate.stream import Writing
-
-    settings = _settings(args, trained)
-    return Writing(settings["max_new_tokens"], settings["temperature"], settings["seed"])
 
 
 def _folder(path: str) -> Path:
@@ -214,9 +188,13 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     lines = []
     for sample in record["samples"]:
         if record["mode"] == "paint":
-            lines.append(f"{out / sample['file']}: {sample['prompt']}")
+            lines.append(f"{out / sample['file'] if 'file' in sample else _codes(sample)}: {sample['prompt']}")
         elif record["mode"] == "caption":
             lines.append(f"{sample['image']}: {sample['text']}")
         else:
-            lines += [str(out / piece["file"]) if "file" in piece else piece["text"] for piece in sample["pieces"]]
+            lines += [str(out / piece["file"]) if "file" in piece else piece.get("text") or _codes(piece) for piece in sample["pieces"]]
     return "\n".join([*lines, f"written to {out}: {RECORD}" + (f", {SHEET}" if (out / SHEET).exists() else "")])
+
+
+def _codes(image: dict[str, Any]) -> str:
+    return f"{len(image['codes'])} codes in {RECORD}"

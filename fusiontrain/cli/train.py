@@ -6,13 +6,11 @@ import argparse
 import errno
 import logging
 import os
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusiontrain.cli.common import add_config_arguments, add_json_argument, note, print_json
+from fusiontrain.cli.reporters import SilentReporter, make_reporter
 from fusiontrain.utils.orphans import die_with_parent
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -38,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from fusiontrain.config.load import load
     from fusiontrain.parallel.mesh import process_group, read_ranks
     from fusiontrain.train.build import check_config
+    from fusiontrain.train.checkpoint.base import with_base
     from fusiontrain.train.metrics import close_log, open_log
     from fusiontrain.train.run_lock import only_training_in
     from fusiontrain.train.signals import stop_on_signals
@@ -47,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = load(args.config, [*args.overrides, *([f"checkpoint.resume={args.resume}"] if args.resume else [])])
         prepare(config, ranks)
+        config = with_base(config)
         check_config(config, ranks.world_size)
     except UserError:
         if not ranks.is_main:
@@ -112,115 +112,3 @@ def _run(config: Any, ranks: Any, stop: Any, reporter: SilentReporter, progress:
         trainer.close()
     checkpoint = Path(config.run.dir) / "checkpoints" / f"step-{trainer.state.step:08d}"
     return {"step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)}
-
-
-def make_reporter(is_main: bool) -> SilentReporter:
-    """A live line on a terminal, plain lines elsewhere, nothing on ranks other than the main one."""
-    if not is_main:
-        return SilentReporter()
-    return LiveReporter() if sys.stderr.isatty() else PlainReporter()
-
-
-class SilentReporter:
-    """Says nothing. The base of the others, and the shape that `train.trainer.Reporter` asks for."""
-
-    def indexing(self, done: int, total: int) -> None:
-        pass
-
-    def started(self, step: int, steps: int, run_dir: Path) -> None:
-        pass
-
-    def step(self, values: Mapping[str, Any], due: bool) -> None:
-        pass
-
-    def event(self, text: str) -> None:
-        pass
-
-    def finished(self) -> None:
-        pass
-
-
-class PlainReporter(SilentReporter):
-    """One line per `train.log_every_steps`, for log files: `step 100/2000 loss 1.2345 text 0.9 image 0.1 ...`."""
-
-    def indexing(self, done: int, total: int) -> None:
-        if done == total or (done >= 8 and done & (done - 1) == 0):
-            note(f"indexed {done} of {total} shards")
-
-    def started(self, step: int, steps: int, run_dir: Path) -> None:
-        self.steps = steps
-        self.eta = Eta(step, steps)
-        note(f"training {run_dir} from step {step} to {steps}")
-
-    def step(self, values: Mapping[str, Any], due: bool) -> None:
-        left = self.eta.update(values["step"])
-        if due:
-            note(f"step {values['step']}/{self.steps} {describe_step(values)} eta {format_seconds(left)}")
-
-    def event(self, text: str) -> None:
-        note(text)
-
-
-class LiveReporter(SilentReporter):
-    """A progress bar that redraws itself on stderr, with events above it."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TextColumn("eta {task.fields[eta]}"))
-        self.progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
-
-    def indexing(self, done: int, total: int) -> None:
-        if done == 1:
-            self.index_task = self.progress.add_task("shards indexed", total=total, eta="-")
-            self.progress.start()
-        self.progress.update(self.index_task, completed=done, visible=done < total)
-
-    def started(self, step: int, steps: int, run_dir: Path) -> None:
-        self.eta = Eta(step, steps)
-        self.task = self.progress.add_task("starting", total=steps, completed=step, eta="-")
-        self.progress.start()
-        self.event(f"training {run_dir} from step {step} to {steps}")
-
-    def step(self, values: Mapping[str, Any], due: bool) -> None:
-        left = self.eta.update(values["step"])
-        self.progress.update(self.task, completed=values["step"], description=describe_step(values), eta=format_seconds(left))
-
-    def event(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def finished(self) -> None:
-        self.progress.stop()
-
-
-class Eta:
-    """Seconds that are left, from the pace of this process since its first step (which is slower and does not count)."""
-
-    def __init__(self, step: int, steps: int) -> None:
-        self.steps = steps
-        self.first: tuple[int, float] | None = None
-
-    def update(self, step: int) -> float | None:
-        """Call after every step; None while nothing is known."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first = (step, now)
-            return None
-        return (now - self.first[1]) / (step - self.first[0]) * (self.steps - step)
-
-
-def describe_step(values: Mapping[str, Any]) -> str:
-    """The numbers of a step that a person follows."""
-    losses = " ".join(f"{name} {values[f'loss/{name}']:.4f}" for name in ("text", "image") if values.get(f"targets/{name}"))
-    pace = f"{values['tokens_per_second']:,.0f} tok/s"
-    return f"loss {values['loss']:.4f} {losses} norm {values['grad_norm']:.3f} lr {values['lr']:.2e} {pace}"
-
-
-def format_seconds(seconds: float | None) -> str:
-    """`1:02:03`, `2:03`, or `-` where it is not known."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -31,12 +31,17 @@ class ImageModelConfig(Section):
 
 
 class ModelConfig(Section):
-    recipe: Literal["dense", "transfusion", "lmfusion"] = Field(..., description="which weights are per modality and what is frozen")
+    recipe: Literal["dense", "transfusion", "lmfusion", "mot", "chameleon"] = Field(..., description="which weights are per modality and what is frozen")
     base: str | None = Field(None, description="Hugging Face Llama folder to start from; lmfusion needs one")
     separation: Literal["dense", "shallow", "deep"] = Field(
         "deep", description="lmfusion: what is per modality: nothing, FFN and its norm, or attention too (the paper's choice)"
     )
-    freeze_text: bool = Field(True, description="lmfusion: text weights keep the base's values (learning-rate ratio 0)")
+    freeze_text: bool = Field(True, description="lmfusion: text weights, and those that images share with it, never change (the paper's learning-rate ratio 0)")
+    untied: tuple[Literal["ffn", "qkv", "o", "norms"], ...] = Field(
+        ("ffn", "qkv", "o", "norms"), description="mot: the parts that are per modality; the paper's model unties all"
+    )
+    merged: tuple[Literal["text", "image", "speech"], ...] = Field((), description="mot: modalities that share one set of weights, for leave-one-out")
+    dropout: float = Field(0.0, ge=0, le=0.9, description="share of a sublayer's output that is dropped in training (Chameleon 7B: 0.1), keyed by token")
     # The shape of a model without a base. With a base these come from its config.json and must stay unset.
     vocab_size: int | None = Field(None, ge=8)
     dim: int | None = Field(None, ge=8)
@@ -48,6 +53,10 @@ class ModelConfig(Section):
     rope_theta: float | None = Field(None, gt=0, description="default 10000")
     norm_eps: float | None = Field(None, gt=0, description="default 1e-5")
     tie_embeddings: bool | None = Field(None, description="default false")
+    norm_position: Literal["pre", "post"] | None = Field(None, description="post: sublayers are normed before they are added (MoT, Chameleon 34B); default pre")
+    qk_norm: Literal["none", "rms", "layer"] | None = Field(
+        None, description="of every head of queries and keys: rms with one weight (MoT), layer with weight and bias per head (Chameleon); default none"
+    )
     image: ImageModelConfig = ImageModelConfig()
 
 
@@ -56,6 +65,7 @@ class SourceConfig(Section):
         ...,
         description="a .tar, .tar.gz, .tgz or .jsonl, a folder of them, a glob, a brace range such as shard-{000..015}.tar, a URL of these, or pipe:COMMAND",
     )
+    name: str | None = Field(None, pattern=r"^[\w.-]+$", description="what metrics call it; default: the end of its path")
     weight: float = Field(1.0, gt=0, description="share relative to the other sources, of documents or tokens as data.mix_by says")
     weight_schedule: tuple[tuple[int, float], ...] = Field(
         (), description="[[document, weight], ...]: the weight from that document of the mixed stream on; `data plan` shows where a step lies"
@@ -70,6 +80,8 @@ class TokenizerConfig(Section):
     path: str | None = Field(None, description="folder or tokenizer.json; 'bytes' for the built-in; default: the model's base folder")
     begin_image_token: str = Field("<|image|>", description="token text of BOI, which must be in the vocabulary")
     end_image_token: str = Field("<|/image|>", description="token text of EOI")
+    begin_speech_token: str | None = Field(None, description="token text that opens speech; needed where data.modalities has speech")
+    end_speech_token: str | None = Field(None, description="token text that closes it")
     begin_text_token: str | None = Field("<|begin_of_text|>", description="put before every document; null for none")
     end_text_token: str = Field("<|end_of_text|>", description="put after every document")
 
@@ -84,14 +96,21 @@ class ImageDataConfig(Section):
     size: int = Field(256, ge=4, description="side of a picture in pixels; resize: native: of those that sampling paints; latents and codes stay as they lie")
     min_tokens: int = Field(64, ge=1, description="resize: native: patches that a smaller picture is enlarged to")
     max_tokens: int = Field(1024, ge=1, description="resize: native: patches that a larger picture is scaled down to")
-    patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells")
+    patch_size: int = Field(2, ge=1, description="side of a patch, in pixels or, with latents, latent cells; of what one code stands for, in sampling")
     representation: Literal["pixels", "latents", "codes"] = Field(
         "pixels", description="latents: .latent.npy members [C, H, W]; codes: .vq.npy members [h, w], which are tokens behind those of the tokenizer"
     )
     codebook_size: int | None = Field(None, ge=1, description="codes: one more than the largest; model.vocab_size holds the tokenizer's tokens and these")
     channels: int = Field(3, ge=1, description="3 for pixels; the latent's channels otherwise")
+    attention: Literal["bidirectional", "causal"] = Field("bidirectional", description="patches see all of their image, or those before them (Transfusion T5)")
     image_first_noise_cap: float = Field(
         0.5, ge=0, le=1, description="largest noise level of an image that opens its document (Transfusion T8); 0 = clean, no image loss"
+    )
+
+
+class SpeechDataConfig(Section):
+    num_units: int | None = Field(
+        None, ge=1, description="one more than the largest unit of the .units.npy members, which are tokens behind those of the tokenizer and of images"
     )
 
 
@@ -111,9 +130,12 @@ class DataConfig(Section):
     stream_shuffle_documents: int = Field(1000, ge=1, description="mode stream: documents of each source that a rank shuffles in memory")
     sources: tuple[SourceConfig, ...] = Field(..., min_length=1)
     validation_sources: tuple[SourceConfig, ...] = ()
-    modalities: tuple[Literal["text", "image"], ...] = Field(("text", "image"), description="('text',) drops the pictures and keeps their BOI and EOI markers")
+    modalities: tuple[Literal["text", "image", "speech"], ...] = Field(
+        ("text", "image"), description="pictures that are not named are dropped, their markers are kept; speech is dropped with its markers"
+    )
     tokenizer: TokenizerConfig = TokenizerConfig()
     image: ImageDataConfig = ImageDataConfig()
+    speech: SpeechDataConfig = SpeechDataConfig()
     sequence_length: int = Field(4096, ge=8, description="token budget of a packed sequence")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of text-then-image documents whose text is dropped, for guidance")
     document_mask: bool = Field(True, description="tokens see their own document only")
@@ -144,9 +166,14 @@ class DataConfig(Section):
 
 class ObjectiveConfig(Section):
     text_weight: float = Field(1.0, ge=0)
-    image_weight: float = Field(5.0, ge=0, description="lambda of Transfusion 4.1")
+    speech_weight: float = Field(1.0, ge=0)
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log of the softmax's denominator in the text loss of training (Chameleon: 1e-5)")
+    image_weight: float = Field(5.0, ge=0, description="lambda of Transfusion 4.1; codes are tokens like any other and have 1")
     image: Literal["ddpm", "flow_matching"] = Field(
         "ddpm", description="ddpm: predict the noise, cosine schedule (the papers); flow_matching: predict the velocity"
+    )
+    prediction: Literal["eps", "v", "x0"] = Field(
+        "eps", description="ddpm: predict the noise (the papers), v, or the image; weights of its squared error: SNR, SNR + 1, 1"
     )
     num_timesteps: int = Field(1000, ge=2, description="ddpm: steps of the noise schedule")
     time_shift: float = Field(1.0, gt=0, description="flow_matching: s in t' = s t / (1 + (s - 1) t); > 1 trains more on high noise")
@@ -154,6 +181,9 @@ class ObjectiveConfig(Section):
 
 class OptimizerConfig(Section):
     learning_rate: float = Field(1e-4, gt=0)
+    text_learning_rate_ratio: float = Field(
+        1.0, ge=0, description="lmfusion with model.freeze_text=false: rate of all but the image side (LMFusion 5.1: 0.1 and 1; its 0 is freeze_text)"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -229,8 +259,18 @@ class KernelsConfig(Section):
     )
 
 
+class MetricsConfig(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="where the run's numbers are shown too; wandb and mlflow are extras, set up by environment variables of theirs"
+    )
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
+    asynchronous: bool = Field(True, description="write in the background while training goes on; false: the loop waits for the disk")
+    frozen: Literal["reference", "copy"] = Field(
+        "reference", description="frozen weights of model.base: by path and hash; copy: stored too, so that nothing needs the base any more"
+    )
     grace_seconds: float = Field(
         240, gt=0, description="a run that is asked to stop and has not saved and left after so long ends; less than the scheduler's own patience"
     )
@@ -250,6 +290,10 @@ class SampleConfig(Section):
     every_steps: int | None = Field(1000, ge=1, description="and after the last step; null for never")
     prompts: tuple[str, ...] = ()
     steps: int = Field(250, ge=1, description="denoising steps")
+    sampler: Literal["auto", "ddpm", "ddim", "euler", "heun"] = Field(
+        "auto", description="of pictures; auto: ddpm with objective.image=ddpm, else euler; heun asks the model twice a step, for an error of second order"
+    )
+    ddim_eta: float = Field(0.0, ge=0, le=1, description="sampler ddim: share of ddpm's noise; 0 draws none")
     guidance: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 = none")
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.0, ge=0, description="of text; 0 = most likely token")
@@ -258,6 +302,7 @@ class SampleConfig(Section):
 class DemoConfig(Section):
     dir: str = Field(..., description="gets world/, tokenizer.json and llama/ (random weights) on first use")
     documents: int = Field(300, ge=2)
+    tokens: bool = Field(False, description="the world has codes of its pictures and speech too, and its tokenizer <|speech|> and <|/speech|>")
     seed: int = Field(0, ge=0, lt=2**63)
 
 
@@ -271,6 +316,7 @@ class Config(Section):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
+    metrics: MetricsConfig = MetricsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sample: SampleConfig = SampleConfig()

@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 from fusiontrain.config.schema import Config, SourceConfig
 
-SHAPE_FIELDS = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "rope_theta", "norm_eps", "tie_embeddings")
+SHAPE_FIELDS = (
+    "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "rope_theta", "norm_eps", "tie_embeddings",
+    "norm_position", "qk_norm",
+)  # fmt: skip
 """What a base model's config.json says, so what must stay unset beside `model.base`."""
 
 NEEDED_SHAPE_FIELDS = ("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim")
@@ -38,7 +41,7 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _codes, _images, _formats, _stream, _data_order, _mesh, _deepspeed, _batch, _train, _optimizer, _sampling)
+    checks = (_base, _shape, _modalities, _speech, _codes, _images, _formats, _stream, _data_order, _mesh, _deepspeed, _batch, _train, _optimizer, _sampling)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -93,18 +96,39 @@ def _shape(config: Config) -> Iterator[Problem]:
 
 
 def _modalities(config: Config) -> Iterator[Problem]:
-    modalities, recipe = config.data.modalities, config.model.recipe
+    modalities, recipe = tuple(config.data.modalities), config.model.recipe
     wanted = ("text",) if recipe == "dense" and config.data.image.representation != "codes" else ("text", "image")
-    if tuple(modalities) != wanted:
-        yield Problem("data.modalities", f"is {list(modalities)}, but the {recipe} recipe needs {list(wanted)}")
+    others = {"mot": (("text", "image", "speech"), ("text", "speech")), "chameleon": (("text", "image", "speech"),)}
+    choices = (wanted, *others.get(recipe, ()))
+    if modalities not in choices:
+        yield Problem("data.modalities", f"is {list(modalities)}, but the {recipe} recipe needs {' or '.join(str(list(choice)) for choice in choices)}")
+    merged = config.model.merged
+    if recipe == "mot" and merged and (len(set(merged)) != len(merged) or len(merged) < 2 or not set(merged) <= set(modalities)):
+        yield Problem("model.merged", f"is {list(merged)}, expected two or more of data.modalities={list(modalities)}, or []")
+
+
+def _speech(config: Config) -> Iterator[Problem]:
+    if "speech" not in config.data.modalities:
+        return
+    if config.data.speech.num_units is None:
+        yield Problem("data.speech.num_units", "is not set; with speech it is one more than the largest unit")
+    tokens = (config.data.tokenizer.begin_speech_token, config.data.tokenizer.end_speech_token)
+    if None in tokens:
+        yield Problem("data.tokenizer.begin_speech_token", "is not set, or end_speech_token is not; speech stands between the two: name tokens")
+    if config.model.base is not None:
+        yield Problem("data.modalities", "units of speech are tokens that no base has; set model.base to null and give the model's shape")
+    if config.data.mode == "stream":
+        yield Problem("data.mode", "is stream, which reads no speech; set it to planned")
 
 
 def _codes(config: Config) -> Iterator[Problem]:
     if config.data.image.representation != "codes":
+        if config.model.recipe == "chameleon":
+            yield Problem("data.image.representation", f"is {config.data.image.representation}, but the chameleon recipe learns codes; set it to codes")
         return
     key = "data.image.representation"
-    if config.model.recipe != "dense":
-        yield Problem(key, f"codes are tokens of one vocabulary, which the dense recipe learns; {config.model.recipe} needs pixels or latents")
+    if config.model.recipe not in ("dense", "mot", "chameleon"):
+        yield Problem(key, f"codes are tokens, which the dense, mot and chameleon recipes learn; {config.model.recipe} needs pixels or latents")
     if config.model.base is not None:
         yield Problem(key, "codes need tokens that no base has; set model.base to null and give the model's shape")
     if config.data.image.codebook_size is None:
@@ -246,6 +270,12 @@ def _train(config: Config) -> Iterator[Problem]:
 
 def _optimizer(config: Config) -> Iterator[Problem]:
     optimizer, steps = config.optimizer, config.train.steps
+    ratio, trains_text = optimizer.text_learning_rate_ratio, config.model.recipe == "lmfusion" and not config.model.freeze_text
+    if ratio == 0:
+        yield Problem("optimizer.text_learning_rate_ratio", "is 0; text that does not learn is model.freeze_text=true, which also spares its gradients")
+    elif ratio != 1 and not trains_text:
+        why = "the text is frozen (set model.freeze_text=false)" if config.model.recipe == "lmfusion" else "only the lmfusion recipe has two rates"
+        yield Problem("optimizer.text_learning_rate_ratio", f"is {ratio:g}, but {why}; set it to 1")
     if optimizer.warmup_steps > steps:
         yield Problem("optimizer.warmup_steps", f"{optimizer.warmup_steps} is more than train.steps={steps}; lower it")
     if optimizer.final_learning_rate > optimizer.learning_rate:
@@ -262,6 +292,8 @@ def _sampling(config: Config) -> Iterator[Problem]:
             yield Problem(f"sample.prompts.{index}", "is empty; write a prompt or take it out")
     if not uses_images(config):
         return
+    if objective.image != "ddpm" and objective.prediction != "eps":
+        yield Problem("objective.prediction", f"is {objective.prediction}, but flow_matching predicts the velocity in any case; set it to eps")
     if objective.image == "ddpm" and sample.steps > objective.num_timesteps:
         yield Problem("sample.steps", f"{sample.steps} is more than objective.num_timesteps={objective.num_timesteps}; lower it")
     if sample.prompts and sample.guidance != 1 and config.data.condition_dropout == 0:

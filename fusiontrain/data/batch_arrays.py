@@ -17,12 +17,15 @@ from fusiontrain.config.schema import DataConfig
 from fusiontrain.data.arena import ALIGNMENT, Allocate
 from fusiontrain.data.modalities.image import normalized
 from fusiontrain.data.ranges import mask_ranges
-from fusiontrain.modality import IMAGE, MODALITIES, MODALITY_NAMES, TEXT
+from fusiontrain.modality import IMAGE, MODALITY_NAMES, TEXT, table_of
 from fusiontrain.types import IGNORE_INDEX, PADDING_DOC_ID, PackedSequence, Segment, SourceRef
 from fusiontrain.utils.keyed import hash_key, keyed_uniform
 
 LARGEST_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
-ROW_DTYPES = {"token_ids": "i8", "labels": "i8", "doc_ids": "i4", "order_ids": "i4", "segment_ids": "i4", "position_ids": "i4"}
+ROW_DTYPES = {
+    "token_ids": "i8", "labels": "i8", "label_modality_ids": "i1", "doc_ids": "i4", "order_ids": "i4", "segment_ids": "i4", "position_ids": "i4",
+    "row_keys": "i8",
+}  # fmt: skip
 IMAGE_DTYPES = {"timesteps": "f4", "max_timesteps": "f4", "noise_keys": "i8", "is_target": "?"}
 
 
@@ -58,12 +61,13 @@ class _Span(NamedTuple):
 
 @dataclass
 class _Reading:
-    """A micro-batch in reading order: spans, their token ids (IGNORE_INDEX where there are none), the lengths of documents, and the continuous
-    segments of each modality with what their noise is keyed by."""
+    """A micro-batch in reading order: spans, their token ids (IGNORE_INDEX where there are none), the lengths of documents, the keys of the rows of
+    each sequence, and the continuous segments of each modality with what their noise is keyed by."""
 
     spans: list[_Span] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    keys: list[np.ndarray] = field(default_factory=list)
     segments: dict[str, list[tuple[Segment, tuple[int, int]]]] = field(default_factory=lambda: {name: [] for name in MODALITY_NAMES})
     num_documents: int = 0
     num_segments: int = 0
@@ -83,7 +87,9 @@ def batch_arrays(
         _add_sequence(reading, sequence, data.document_mask)
     total = sum(sequence.length for sequence in sequences)
     padding = total - sum(reading.lengths)
-    columns, slice_sizes = _columns(reading, padding, allocate, frozen_prefix)
+    modalities = table_of(data.modalities)
+    names = tuple(modality.name for modality in modalities)
+    columns, slice_sizes = _columns(reading, padding, len(names), allocate, frozen_prefix)
     prefix = slice_sizes[0] if frozen_prefix else 0
     sizes = [prefix + slice_sizes[1], *slice_sizes[2:]] if frozen_prefix else slice_sizes
     bounds, slice_bounds = (0, *itertools.accumulate(sizes)), (0, *itertools.accumulate(slice_sizes))
@@ -91,7 +97,8 @@ def batch_arrays(
     for name, found in zip(("key_ranges", "query_ranges"), ranges, strict=True):
         columns[name] = _stored([found], total, allocate, found.dtype)
     columns["loss_weights"] = _stored([np.ones(total, np.float32)], total, allocate, np.dtype(np.float32))
-    payloads = {m.name: _payload(reading.segments[m.name], patch_dim(data), allocate) for m in MODALITIES if not m.discrete}
+    continuous = [m.name for m in modalities if not m.discrete and data.image.representation != "codes"]
+    payloads = {name: _payload(reading.segments[name], patch_dim(data), allocate) for name in continuous}
     return BatchArrays(
         columns=columns,
         payloads=payloads,
@@ -101,17 +108,17 @@ def batch_arrays(
         num_prefix_rows=prefix,
         num_prefix_labels=int((columns["labels"][:prefix] != IGNORE_INDEX).sum()),
         target_counts={
-            TEXT.name: int((columns["labels"] != IGNORE_INDEX).sum()),
+            **_count_labels(columns, names),
             **{name: int(payload["is_target"].sum()) for name, payload in payloads.items()},
         },
-        token_counts={name: size - (padding if name == TEXT.name else 0) for name, size in zip(MODALITY_NAMES, sizes, strict=True)},
+        token_counts={name: size - (padding if name == TEXT.name else 0) for name, size in zip(names, sizes, strict=True)},
         sources=tuple(document.source for sequence in sequences for document in sequence.documents),
     )
 
 
 def most_bytes(num_sequences: int, data: DataConfig, frozen_prefix: bool = False) -> int:
     """No micro-batch of that many sequences needs more: all tokens are patches, and every image is one patch between two markers."""
-    slices = len(MODALITY_NAMES) + frozen_prefix
+    slices = len(table_of(data.modalities)) + frozen_prefix
     row = _width([*ROW_DTYPES.values(), "f4"]) + 2 * _width(["i4", "i4"]) * slices  # with the weight and two intervals per slice
     patch = patch_dim(data) * _width(["f4"]) + _width(["i8"]) if IMAGE.name in data.modalities else 0
     images = _width(IMAGE_DTYPES.values()) / 3
@@ -120,6 +127,7 @@ def most_bytes(num_sequences: int, data: DataConfig, frozen_prefix: bool = False
 
 
 def _add_sequence(reading: _Reading, sequence: PackedSequence, document_mask: bool) -> None:
+    reading.keys.append(_row_keys(sequence))
     order, image_number = 0, 0
     for place, document in enumerate(sequence.documents):
         start, position = 0 if document_mask else order, 0
@@ -140,27 +148,44 @@ def _add_sequence(reading: _Reading, sequence: PackedSequence, document_mask: bo
             reading.num_documents += 1
 
 
-def _columns(reading: _Reading, padding: int, allocate: Allocate, frozen_prefix: bool) -> tuple[dict[str, np.ndarray], list[int]]:
+def _row_keys(sequence: PackedSequence) -> np.ndarray:
+    """A number per token of the sequence, [n] int64, from its own key on."""
+    return (np.uint64(sequence.noise_key) + np.arange(sequence.num_tokens, dtype=np.uint64)).view(np.int64)
+
+
+def _count_labels(columns: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, int]:
+    """Labels of each modality."""
+    counts = np.bincount(columns["label_modality_ids"][columns["labels"] != IGNORE_INDEX], minlength=len(names))
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _columns(
+    reading: _Reading, padding: int, num_modalities: int, allocate: Allocate, frozen_prefix: bool
+) -> tuple[dict[str, np.ndarray], list[int]]:
     """The arrays of ROW_DTYPES, modality-major, and the number of rows of each slice."""
     text = MODALITY_NAMES.index(TEXT.name)
     spans = [*reading.spans, _Span(padding, text, PADDING_DOC_ID, -1, 0, 0)]
     counts, modalities, doc_ids, segment_ids, orders, positions = np.array(spans, np.int64).T
     tokens = np.concatenate([*reading.tokens, np.full(padding, IGNORE_INDEX)])
     total = len(tokens)
+    labels = _labels(tokens, reading.lengths)
+    of_rows = np.repeat(modalities.astype(np.int8), counts)
     inside = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)  # a row's place in its span
     inside[total - padding :] = 0
     in_reading_order = {
         "token_ids": np.where(tokens == IGNORE_INDEX, 0, tokens),
-        "labels": _labels(tokens, reading.lengths),
+        "labels": labels,
+        "label_modality_ids": np.where(labels == IGNORE_INDEX, of_rows, np.roll(of_rows, -1)),
         "doc_ids": np.repeat(doc_ids, counts),
         "order_ids": np.repeat(orders, counts) + inside,
         "segment_ids": np.repeat(segment_ids, counts),
         "position_ids": np.repeat(positions, counts) + inside,
+        "row_keys": np.concatenate([*reading.keys, np.zeros(padding, np.int64)]),
     }
     slices = np.where(_is_prefix(modalities, doc_ids), 0, modalities + 1) if frozen_prefix else modalities
     rows = np.argsort(np.repeat(slices.astype(np.uint8), counts), kind="stable")
     columns = {name: _stored([in_reading_order[name][rows]], total, allocate, np.dtype(dtype)) for name, dtype in ROW_DTYPES.items()}
-    return columns, np.bincount(slices, counts, len(MODALITY_NAMES) + frozen_prefix).astype(int).tolist()
+    return columns, np.bincount(slices, counts, num_modalities + frozen_prefix).astype(int).tolist()
 
 
 def _is_prefix(modalities: np.ndarray, doc_ids: np.ndarray) -> np.ndarray:
@@ -173,7 +198,7 @@ def _is_prefix(modalities: np.ndarray, doc_ids: np.ndarray) -> np.ndarray:
 
 
 def _labels(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """The next token of each place where both it and the next one are text of one document; IGNORE_INDEX elsewhere. lengths: of the documents."""
+    """The next token of each place where both it and the next one are ids of one document; IGNORE_INDEX elsewhere. lengths: of the documents."""
     labels = np.append(tokens[1:], IGNORE_INDEX)[: len(tokens)]
     labels[tokens == IGNORE_INDEX] = IGNORE_INDEX
     ends = np.cumsum(lengths, dtype=np.int64)

@@ -2,7 +2,8 @@
 
 `arrange` decides from numbers alone, so the plan (which has only the index) and the executor (which has the bytes) agree on every length.
 A document is `[BOS] text ... BOI <patches> EOI text ... EOS`; codes of an image stand there as tokens, numbered behind
-the tokenizer's. One that was cut to the length of a sequence has no EOS, for it does not end there.
+the tokenizer's, and speech likewise between markers of its own, numbered behind those. One that was cut to the length of a sequence has no EOS, for
+it does not end there.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import numpy as np
 
 from fusiontrain.config.schema import DataConfig, SourceConfig
 from fusiontrain.data.errors import CHANGED, BadSample
-from fusiontrain.data.formats.pieces import Fields, Piece, Sample
-from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
+from fusiontrain.data.formats.pieces import Fields, Piece, Sample, is_speech
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, SPEECH_PIECE, TEXT_PIECE
 from fusiontrain.data.modalities.image import decode_codes, image_segment
+from fusiontrain.data.modalities.speech import decode_units, num_codes
 from fusiontrain.data.tokenizer import Tokenizer
-from fusiontrain.modality import IMAGE, TEXT
+from fusiontrain.modality import IMAGE, SPEECH, TEXT
 from fusiontrain.types import Document, Segment, SourceRef
 from fusiontrain.utils.keyed import keyed_uniform
 
-MARKERS_PER_IMAGE = 2  # BOI and EOI
+MARKERS_PER_IMAGE = 2  # BOI and EOI; of speech likewise
 _ORDER_DRAW, _DROPOUT_DRAW, _CAPTION_DRAW = 1, 2, 3
 
 
@@ -70,16 +72,20 @@ def arrange(kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: D
     too long is cut in a text or before an image, and what follows is left out or, with `split`, begins a new document; then a text is split
     only if it is longer than a sequence. An image that is longer than a sequence ends the sample, so the last document may be cut.
     """
-    order = list(range(len(kinds)))
+    order = [piece for piece, kind in enumerate(kinds) if kind != SPEECH_PIECE or SPEECH.name in data.modalities]
     if is_pair:
-        order = _pair_order(kinds, draws)
+        order = _pair_order(kinds, order, draws)
+    if not order:
+        return ()
     images = [piece for piece in order if kinds[piece] == IMAGE_PIECE]
     if draws.drop_condition and len(images) == 1 and order[-1] == images[0]:
         order = images
     arranger = _Arranger(data.sequence_length, begins, splits=data.oversize == "split")
     for piece in order:
-        if kinds[piece] == IMAGE_PIECE:
-            goes_on = arranger.add_image(piece, tokens[piece] if IMAGE.name in data.modalities else 0)
+        if kinds[piece] == SPEECH_PIECE:
+            goes_on = arranger.add_whole(piece, SPEECH_PIECE, tokens[piece])
+        elif kinds[piece] == IMAGE_PIECE:
+            goes_on = arranger.add_whole(piece, IMAGE_PIECE, tokens[piece] if IMAGE.name in data.modalities else 0)
         else:
             goes_on = arranger.add_text(piece, tokens[piece])
         if not goes_on:
@@ -87,10 +93,10 @@ def arrange(kinds: Sequence[int], tokens: Sequence[int], is_pair: bool, draws: D
     return arranger.finish(cut=False)
 
 
-def _pair_order(kinds: Sequence[int], draws: Draws) -> list[int]:
-    """One of the captions, and the image before or after it."""
-    captions = [piece for piece, kind in enumerate(kinds) if kind == TEXT_PIECE]
-    images = [piece for piece, kind in enumerate(kinds) if kind == IMAGE_PIECE]
+def _pair_order(kinds: Sequence[int], pieces: Sequence[int], draws: Draws) -> list[int]:
+    """One of the captions, and the image or speech before or after it."""
+    captions = [piece for piece in pieces if kinds[piece] == TEXT_PIECE]
+    images = [piece for piece in pieces if kinds[piece] != TEXT_PIECE]
     chosen = captions[int(draws.caption * len(captions))]
     return [*images, chosen] if draws.image_first else [chosen, *images]
 
@@ -103,14 +109,14 @@ class _Arranger:
         self.room, self.places = self.whole_room, list[Place]()
         self.done: list[Arrangement] = []
 
-    def add_image(self, piece: int, num_tokens: int) -> bool:
-        """False where the sample ends before this image."""
+    def add_whole(self, piece: int, kind: int, num_tokens: int) -> bool:
+        """An image or a recording between its markers. False where the sample ends before it."""
         wanted = MARKERS_PER_IMAGE + num_tokens
         if wanted > self.room and not (self.splits and wanted <= self.whole_room):
             return False
         if wanted > self.room:
             self._close(cut=True)
-        self.places.append(Place(piece, IMAGE_PIECE, num_tokens))
+        self.places.append(Place(piece, kind, num_tokens))
         self.room -= wanted
         return True
 
@@ -157,11 +163,20 @@ def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: b
             _require(len(kept) == place.num_tokens, "a text", len(ids), place.num_tokens)
             text.append(np.asarray(kept, np.int64))
             continue
+        if place.kind == SPEECH_PIECE and piece.image is not None:
+            assert tokenizer.begin_speech_id is not None and tokenizer.end_speech_id is not None
+            units = decode_units(read(piece.image), data.speech.num_units or 0)
+            _require(len(units) == place.num_tokens, "speech", len(units), place.num_tokens)
+            text.append((tokenizer.begin_speech_id,))
+            segments += [_text(text), Segment(SPEECH.name, token_ids=tokenizer.vocab_size + num_codes(data) + units)]
+            text = [(tokenizer.end_speech_id,)]
+            continue
         text.append((tokenizer.begin_image_id,))
         if IMAGE.name in data.modalities and piece.image is not None and data.image.representation == "codes":
             codes = decode_codes(piece.image, read(piece.image), data.image)
             _require(len(codes) == place.num_tokens, "an image", len(codes), place.num_tokens)
-            text.append(tokenizer.vocab_size + codes)
+            segments += [_text(text), Segment(IMAGE.name, token_ids=tokenizer.vocab_size + codes)]
+            text = []
         elif IMAGE.name in data.modalities and piece.image is not None:
             cap = data.image.image_first_noise_cap if number == 0 and len(places) > 1 else 1.0
             segment = image_segment(piece.image, read(piece.image), data.image, cap)
@@ -177,9 +192,15 @@ def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: b
 def _piece(sample: Sample, place: Place) -> Piece:
     """The sample's piece of that place, if it is of the kind that the index says."""
     piece = sample.pieces[place.piece] if place.piece < len(sample.pieces) else None
-    if piece is None or (piece.image is not None) != (place.kind == IMAGE_PIECE):
+    if piece is None or _kind(piece) != place.kind:
         raise BadSample("its pieces are not those of the index: the shard has changed since it was indexed", CHANGED)
     return piece
+
+
+def _kind(piece: Piece) -> int:
+    if piece.image is None:
+        return TEXT_PIECE
+    return SPEECH_PIECE if is_speech(piece.image) else IMAGE_PIECE
 
 
 def _require(same: bool, what: str, found: int, promised: int) -> None:

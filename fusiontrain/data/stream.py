@@ -24,7 +24,7 @@ from fusiontrain.data.collate import collate
 from fusiontrain.data.documents import Arrangement, arrange, build_document, draw
 from fusiontrain.data.errors import READ, BadSample, BadSampleLog
 from fusiontrain.data.execute.ahead import steps_ahead
-from fusiontrain.data.formats.pieces import Piece, Sample, split_page
+from fusiontrain.data.formats.pieces import Piece, Sample, is_speech, split_page
 from fusiontrain.data.formats.read import read_sample, source_kind
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, TEXT_PIECE
 from fusiontrain.data.loader import LoaderState
@@ -176,6 +176,8 @@ class StreamLoader:
         sample = read_sample(source_kind(source), suffixes, read, self.data.image.representation)
         pieces, tokens = [], []
         for piece in sample.pieces:
+            if piece.image is not None and is_speech(piece.image):
+                continue
             if piece.image is not None:
                 tokens.append(patches(*image_size(piece.image, read(piece.image)), self.data))
             else:

@@ -10,7 +10,8 @@ from pathlib import Path
 import tokenizers
 
 from fusiontrain.config.schema import Config, TokenizerConfig
-from fusiontrain.modality import IMAGE
+from fusiontrain.data.modalities.speech import num_codes
+from fusiontrain.modality import SPEECH
 from fusiontrain.utils.errors import UserError
 
 BYTES = "bytes"
@@ -34,6 +35,8 @@ class Tokenizer:
     json: str | None
     encode: Callable[[str], list[int]] = field(repr=False)
     decode: Callable[[Sequence[int]], str] = field(repr=False)
+    begin_speech_id: int | None = None
+    end_speech_id: int | None = None
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -42,18 +45,22 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if path is None:
         raise UserError("data.tokenizer.path: must be given where there is no model.base: a folder, a tokenizer.json, or 'bytes'")
     tokenizer = tokenizer_at(path, config.data.tokenizer)
-    if config.data.image.representation == "codes" and IMAGE.name in config.data.modalities:
-        _require_room_for_codes(config, tokenizer)
+    if SPEECH.name in config.data.modalities and tokenizer.begin_speech_id is None:
+        raise UserError("data.tokenizer.begin_speech_token: is not set; speech needs it, and end_speech_token, to stand between them")
+    _require_room_for_codes(config, tokenizer)
     if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size} tokens; raise it to that")
     return tokenizer
 
 
 def _require_room_for_codes(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises UserError unless the model has a token for every code behind those of the tokenizer."""
-    vocab_size, needed = config.model.vocab_size, tokenizer.vocab_size + (config.data.image.codebook_size or 0)
-    if vocab_size is not None and vocab_size < needed:
-        raise UserError(f"model.vocab_size={vocab_size}: the tokenizer's {tokenizer.vocab_size} tokens and the codes of images need {needed}; raise it to that")
+    """Raises UserError unless the model has a token for every code of an image and unit of speech behind those of the tokenizer."""
+    units = (config.data.speech.num_units or 0) if SPEECH.name in config.data.modalities else 0
+    codes, vocab_size = num_codes(config.data), config.model.vocab_size
+    needed = tokenizer.vocab_size + codes + units
+    if codes + units and vocab_size is not None and vocab_size < needed:
+        others = " and ".join(name for name, count in (("the codes of images", codes), ("the units of speech", units)) if count)
+        raise UserError(f"model.vocab_size={vocab_size}: the tokenizer's {tokenizer.vocab_size} tokens and {others} need {needed}; raise it to that")
 
 
 def tokenizer_at(path: str, config: TokenizerConfig) -> Tokenizer:
@@ -62,9 +69,10 @@ def tokenizer_at(path: str, config: TokenizerConfig) -> Tokenizer:
 
 
 def byte_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Byte b is token b; then begin of text, end of text, begin of image, end of image: 260 tokens."""
+    """Byte b is token b; then begin of text, end of text, begin of image, end of image: 260 tokens; where those of speech are named, they follow."""
+    speaks = config.begin_speech_token is not None
     return Tokenizer(
-        vocab_size=NUM_BYTES + 4,
+        vocab_size=NUM_BYTES + (6 if speaks else 4),
         begin_text_id=None if config.begin_text_token is None else NUM_BYTES,
         end_text_id=NUM_BYTES + 1,
         begin_image_id=NUM_BYTES + 2,
@@ -73,6 +81,8 @@ def byte_tokenizer(config: TokenizerConfig) -> Tokenizer:
         json=None,
         encode=lambda text: list(text.encode()),
         decode=lambda ids: bytes(token for token in ids if token < NUM_BYTES).decode(errors="replace"),
+        begin_speech_id=NUM_BYTES + 4 if speaks else None,
+        end_speech_id=NUM_BYTES + 5 if speaks else None,
     )
 
 
@@ -96,7 +106,8 @@ def _from_file(path: str, config: TokenizerConfig) -> Tokenizer:
             raise UserError(f"data.tokenizer.{key}={name!r}: {file} has no such token; name one of its own (a reserved one will do)")
         return number
 
-    ids = {key: special(key) for key in ("end_text_token", "begin_image_token", "end_image_token")}
+    speech = ("begin_speech_token", "end_speech_token") if config.begin_speech_token is not None else ()
+    ids = {key: special(key) for key in ("end_text_token", "begin_image_token", "end_image_token", *speech)}
     begin = None if config.begin_text_token is None else special("begin_text_token")
     markers = {*ids.values(), *([] if begin is None else [begin])}
 
@@ -114,6 +125,8 @@ def _from_file(path: str, config: TokenizerConfig) -> Tokenizer:
         json=text,
         encode=_without(markers - {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}, encode),
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        begin_speech_id=ids.get("begin_speech_token"),
+        end_speech_id=ids.get("end_speech_token"),
     )
 
 

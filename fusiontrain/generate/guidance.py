@@ -8,10 +8,12 @@ is the same guidance whether the model predicts the noise or the velocity.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
 
 import torch
 
+from fusiontrain.generate.samplers import choose_step
+from fusiontrain.objectives.gaussian_path import GaussianPath
 from fusiontrain.objectives.noise import keyed_normal
 from fusiontrain.utils.errors import UserError
 from fusiontrain.utils.keyed import hash_key
@@ -22,23 +24,6 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Grid = tuple[int, int]
 
 STARTING_NOISE = 0  # the draw number of the noise that an image starts from; step i adds draw 1 + i
-
-
-class Sampler(Protocol):
-    """What an image objective offers to a sampler (objectives/ddpm.py, objectives/flow_matching.py)."""
-
-    def sampling_levels(self, steps: int) -> torch.Tensor: ...
-
-    def step(
-        self,
-        x: torch.Tensor,
-        prediction: torch.Tensor,
-        level: torch.Tensor,
-        next_level: torch.Tensor,
-        noise: torch.Tensor,
-        *,
-        clip: float | None = None,
-    ) -> torch.Tensor: ...
 
 
 def guide(with_text: torch.Tensor, without_text: torch.Tensor, scale: float) -> torch.Tensor:
@@ -60,27 +45,39 @@ def image_noise(keys: Sequence[int], draw: int, num_channels: int, grid: Grid, d
 
 def denoise(
     predict: Predict,
-    sampler: Sampler,
+    path: GaussianPath,
     keys: Sequence[int],
     num_channels: int,
     grid: Grid,
     steps: int,
     device: torch.device,
     *,
+    sampler: str = "auto",
+    eta: float = 0.0,
     clip: float | None = None,
 ) -> torch.Tensor:
-    """Clean images [B, N, C] float32, from noise that is keyed by `keys` (one per image), in `steps` calls of `predict`.
+    """Clean images [B, N, C] float32, from noise that is keyed by `keys` (one per image), in `steps` steps of a sampler of samplers.py.
 
     Each step overwrites the noised image, as Transfusion (section 3) samples: nothing of the earlier ones stays in the context.
-    clip: largest magnitude of a clean value, where there is one (1 for pixels). Raises UserError for a number of steps that the sampler does not have.
+    eta: of ddim. clip: largest magnitude of a clean value, where there is one (1 for pixels). Raises UserError for a number of steps that the
+    path does not have, and for a sampler that there is not.
     """
+    step = choose_step(sampler, path)
     try:
-        levels = sampler.sampling_levels(steps).to(device)
+        levels = path.sampling_levels(steps).to(device)
     except ValueError as error:
         raise UserError(f"denoising {error}") from error
+
+    def look(x: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        clean, noise = path.estimates(x, predict(x.float(), level.expand(len(keys))).float(), level)
+        if clip is None:
+            return clean, noise
+        a, s = path.beside(level, x)
+        clean = clean.clamp(-clip, clip)
+        return clean, (x - a * clean) / s
+
     x = image_noise(keys, STARTING_NOISE, num_channels, grid, device)
     for index in range(steps):
-        prediction = predict(x, levels[index].expand(len(keys)))
-        noise = image_noise(keys, 1 + index, num_channels, grid, device)
-        x = sampler.step(x, prediction.float(), levels[index], levels[index + 1], noise, clip=clip).float()
+        draw = partial(image_noise, keys, 1 + index, num_channels, grid, device)
+        x = step(path, look, x, levels[index], levels[index + 1], draw, eta).float()
     return x

@@ -34,6 +34,8 @@ def interleave(
     steps: int,
     guidance: float,
     context: int,
+    sampler: str = "auto",
+    eta: float = 0.0,
 ) -> list[Piece]:
     """Continue one document -> the new pieces in reading order.
 
@@ -66,7 +68,9 @@ def interleave(
                 produced.append(tokenizer.decode(text).strip())
             if written.ended_by[0] != tokenizer.begin_image_id:
                 return produced
-            values = _paint_next(model, tokenizer, cache, hash_key(writing.seed, num_images), image, steps, guidance)
+            read_tokens(model, cache, [[tokenizer.begin_image_id]])
+            key = hash_key(writing.seed, num_images)
+            values = paint_into(model, tokenizer, cache, [key], image, steps, guidance, sampler=sampler, eta=eta)
             produced += to_pictures(model, values, grid_of(model, image))
             logits = read_image(model, tokenizer, cache, values, grid_of(model, image))
             text, num_images = [], num_images + 1
@@ -74,11 +78,6 @@ def interleave(
 
 def _room(cache: KVCache, context: int) -> int:
     return context - int(cache.lengths[0])
-
-
-def _paint_next(model: FusionModel, tokenizer: Tokenizer, cache: KVCache, key: int, image: ImageDataConfig, steps: int, guidance: float) -> torch.Tensor:
-    read_tokens(model, cache, [[tokenizer.begin_image_id]])
-    return paint_into(model, tokenizer, cache, [key], image, steps, guidance)
 
 
 def _read_prompt(model: FusionModel, tokenizer: Tokenizer, prompt: Sequence[Piece], image: ImageDataConfig, context: int) -> tuple[KVCache, torch.Tensor]:

@@ -26,6 +26,8 @@ def paint(
     steps: int,
     guidance: float,
     seed: int,
+    sampler: str = "auto",
+    eta: float = 0.0,
     batch_size: int = 32,
     context: int | None = None,
     between: Callable[[], None] = lambda: None,
@@ -33,7 +35,8 @@ def paint(
     """One picture per prompt, [H, W, 3] uint8.
 
     image: how the model's pictures are cut (`config.data.image`). steps: denoising steps. guidance: scale of classifier-free guidance, 1 = none.
-    Starting noise is keyed by (seed, number of the prompt): batch_size bounds memory and changes nothing else beyond rounding.
+    sampler, eta: see samplers.py. Starting noise is keyed by (seed, number of the prompt): batch_size bounds memory and changes nothing else
+    beyond rounding.
     context: longest sequence in tokens (`config.data.sequence_length`). Raises UserError for a model that cannot paint and for a prompt that is too long.
     between: called before every denoising step; what it raises ends the painting.
     """
@@ -48,7 +51,8 @@ def paint(
             keys = [hash_key(seed, first + i) for i in range(len(batch))]
             cache = model.new_cache(len(batch), max(map(len, batch)) + grid[0] * grid[1])
             read_tokens(model, cache, batch)
-            pictures += to_pictures(model, paint_into(model, tokenizer, cache, keys, image, steps, guidance, between), grid)
+            values = paint_into(model, tokenizer, cache, keys, image, steps, guidance, sampler=sampler, eta=eta, between=between)
+            pictures += to_pictures(model, values, grid)
     return pictures
 
 
@@ -60,6 +64,9 @@ def paint_into(
     image: ImageDataConfig,
     steps: int,
     guidance: float,
+    *,
+    sampler: str = "auto",
+    eta: float = 0.0,
     between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Clean patches [B, N, C] of the images that follow a BOI which ends each row of the cache; the cache is left as it was.
@@ -76,7 +83,8 @@ def paint_into(
         predict = _guided(predict, _predictor(model, plain_cache, grid), guidance)
     # Pixels end at -1 and 1, and early noise estimates point far beyond; latents have no such bound.
     clip = 1.0 if model.codec is None else None
-    return denoise(predict, model.image_objective, keys, patch_numbers(model, image), grid, steps, device_of(model), clip=clip)
+    numbers, device = patch_numbers(model, image), device_of(model)
+    return denoise(predict, model.image_objective, keys, numbers, grid, steps, device, sampler=sampler, eta=eta, clip=clip)
 
 
 def _predictor(model: FusionModel, cache: KVCache, grid: Grid, before: Callable[[], None] = lambda: None) -> Predict:

@@ -43,7 +43,18 @@ def judge_model(model: FusionModel, tokenizer: Tokenizer, config: Config, world:
     to_describe = _scenes(world, "describe", count)
     prompts = [text for text, _, _ in to_paint]
     sample, data = config.sample, config.data
-    pictures = paint(model, tokenizer, prompts, image=data.image, steps=sample.steps, guidance=sample.guidance, seed=seed, context=data.sequence_length)
+    pictures = paint(
+        model,
+        tokenizer,
+        prompts,
+        image=data.image,
+        steps=sample.steps,
+        guidance=sample.guidance,
+        sampler=sample.sampler,
+        eta=sample.ddim_eta,
+        seed=seed,
+        context=data.sequence_length,
+    )
     writing = Writing(sample.max_new_tokens, sample.temperature, seed)
     shown = [picture for _, picture, _ in to_describe]
     captions = caption(model, tokenizer, shown, image=data.image, writing=writing, context=data.sequence_length)

@@ -60,13 +60,16 @@ def check_fits(num_tokens: int, context: int | None, what: str) -> None:
         raise UserError(f"{what}: needs {num_tokens} tokens, but the model's context (data.sequence_length) is {context}: shorten it")
 
 
-def read_tokens(model: FusionModel, cache: KVCache, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Append B rows of tokens, of any lengths >= 1, to the cache -> logits behind each row's last token, [B, V] float32."""
+def read_tokens(model: FusionModel, cache: KVCache, rows: Sequence[Sequence[int]], **options: int) -> torch.Tensor:
+    """Append B rows of tokens, of any lengths >= 1, to the cache -> logits behind each row's last token, [B, V] float32.
+
+    options: `modality`, where they are no text.
+    """
     device = device_of(model)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = max(len(row) for row in rows)
     token_ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)
-    logits = model.decode_text(token_ids, cache, lengths)
+    logits = model.decode_text(token_ids, cache, lengths, **options)
     return logits[torch.arange(len(rows), device=device), lengths - 1].float()
 
 
@@ -91,7 +94,7 @@ def write_text(
     ended_by: list[int | None] = [None] * len(written)
     live = [True] * len(written)
     for place in range(first_place, first_place + writing.max_new_tokens):
-        chosen = _choose(logits.masked_fill(forbidden, -torch.inf), writing, row_numbers, place)
+        chosen = choose(logits.masked_fill(forbidden, -torch.inf), writing, row_numbers, place)
         for row, token in enumerate(chosen):
             if live[row] and token in stop_ids:
                 live[row], ended_by[row] = False, token
@@ -109,11 +112,13 @@ def _never_written(tokenizer: Tokenizer, vocab_size: int, stop_ids: Collection[i
     """[V] bool: markers that only the sampler may set (BOS, EOI, and any marker that is no stop here), and rows of the head without a token."""
     forbidden = torch.arange(vocab_size) >= tokenizer.vocab_size
     markers = {tokenizer.begin_image_id, tokenizer.end_image_id, tokenizer.end_text_id, *opening(tokenizer)}
+    markers |= {marker for marker in (tokenizer.begin_speech_id, tokenizer.end_speech_id) if marker is not None}
     forbidden[[marker for marker in markers if marker not in stop_ids]] = True
     return forbidden
 
 
-def _choose(logits: torch.Tensor, writing: Writing, row_numbers: Sequence[int], place: int) -> list[int]:
+def choose(logits: torch.Tensor, writing: Writing, row_numbers: Sequence[int], place: int) -> list[int]:
+    """A token for each row of `logits` [B, V], drawn by (seed, row number, place) where the temperature is above 0."""
     if writing.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     draws = [keyed_uniform(writing.seed, number, place) for number in row_numbers]

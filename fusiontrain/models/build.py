@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from fusiontrain.config.schema import Config, ModelConfig
 from fusiontrain.config.validate import uses_images
+from fusiontrain.models.base import base_shape, base_weights
 from fusiontrain.models.fusion import FusionModel, Patcher
 from fusiontrain.models.init import fill, random_weights
 from fusiontrain.models.kernels import choose_kernels
-from fusiontrain.models.llama_weights import llama_weights, read_llama_shape
 from fusiontrain.models.modalities.image import LinearPatcher
 from fusiontrain.models.modalities.unet import UNetPatcher
 from fusiontrain.models.modalities.vae import LatentCodec
 from fusiontrain.models.plan import ReadRows
+from fusiontrain.models.recipes.chameleon import chameleon
 from fusiontrain.models.recipes.dense import dense
 from fusiontrain.models.recipes.lmfusion import lmfusion
+from fusiontrain.models.recipes.mot import mot
 from fusiontrain.models.recipes.recipe import Recipe
 from fusiontrain.models.recipes.transfusion import transfusion
 from fusiontrain.models.shape import shape_from_config
@@ -26,7 +29,9 @@ from fusiontrain.objectives.flow_matching import FlowMatching
 from fusiontrain.objectives.next_token import NextToken
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {"dense": dense, "transfusion": transfusion, "lmfusion": lmfusion}
+RECIPES: dict[str, Callable[[ModelConfig, Sequence[str]], Recipe]] = {
+    "dense": dense, "transfusion": transfusion, "lmfusion": lmfusion, "mot": mot, "chameleon": chameleon
+}  # fmt: skip
 
 
 def build_model(config: Config, device: torch.device = CPU) -> FusionModel:
@@ -48,13 +53,13 @@ def declare_model(config: Config, device: torch.device = CPU) -> FusionModel:
 def first_weights(config: Config, model: FusionModel) -> ReadRows:
     """What the parameters of `model`, which may be declared only, start from. Raises UserError for a base that does not fit."""
     drawn = random_weights(config.seed, model.shape.num_layers)
-    return llama_weights(model, config.model.base, drawn) if config.model.base else drawn
+    return base_weights(model, config.model, drawn) if config.model.base else drawn
 
 
 def _construct(config: Config, device: torch.device, parameters_on: torch.device) -> FusionModel:
-    shape = read_llama_shape(config.model.base) if config.model.base else shape_from_config(config.model)
+    shape = replace(base_shape(config.model.base), dropout=config.model.dropout) if config.model.base else shape_from_config(config.model)
     kernels = choose_kernels(config.kernels, shape, device, getattr(torch, config.parallel.precision))
-    recipe = RECIPES[config.model.recipe](config.model)
+    recipe = RECIPES[config.model.recipe](config.model, config.data.modalities)
     image: Patcher | None = None
     image_objective, codec, channels = None, None, 0
     if uses_images(config):
@@ -69,11 +74,12 @@ def _construct(config: Config, device: torch.device, parameters_on: torch.device
             shape,
             recipe,
             kernels,
-            text_objective=NextToken(kernels.cross_entropy),
+            text_objective=NextToken(kernels.cross_entropy, config.objective.z_loss),
             image=image,
             image_objective=image_objective,
             image_channels=channels,
             image_input_scale=config.model.image.input_scale,
+            images_causal=config.data.image.attention == "causal",
             codec=codec,
         )
     for name in model.plan().frozen:
@@ -90,5 +96,5 @@ def _patcher(config: Config, patch_dim: int, channels: int, dim: int) -> Patcher
 
 def _image_objective(config: Config) -> Ddpm | FlowMatching:
     if config.objective.image == "ddpm":
-        return Ddpm(config.objective.num_timesteps)
+        return Ddpm(config.objective.num_timesteps, config.objective.prediction)
     return FlowMatching(config.objective.time_shift)

@@ -1,18 +1,20 @@
-"""The files of a Hugging Face Llama folder (`config.json` and safetensors), read and written tensor by tensor."""
+"""The files of a Hugging Face Llama folder (`config.json` and safetensors), read and written tensor by tensor; those of a Chameleon, which is a
+Llama with norms of its own, are read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from fusiontrain.models.plan import ReadRows
+from fusiontrain.modality import MODALITY_NAMES, TEXT
 from fusiontrain.models.shape import ModelShape, RopeScaling
+from fusiontrain.models.tensor_files import Planned, Stored, open_tensors, write_tensors
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,25 +33,30 @@ BLOCK_PARTS = {
 }
 """Module of a Llama layer -> module of a block, which holds one weight per group."""
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+HEAD_NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
+"""The same of what Chameleon has beside it: a weight and a bias [H, Dh] each, which are [H * Dh] here."""
+
+CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+NOT_WEIGHTS = ("rotary_emb.inv_freq",)
+"""Ends of the names of tensors that old folders hold and that config.json tells as well."""
+CODE_MAKER = "model.vqmodel."
+"""Beginning of the names of Chameleon's vector quantiser, which makes codes of pixels beforehand and is no part of the transformer."""
 
 
 def read_llama_shape(folder: str) -> ModelShape:
     """The shape in `folder/config.json`. Raises UserError if the folder does not hold a Llama, naming what is in the way."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"model.base={folder}: not a Hugging Face Llama folder (no config.json in it)")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if config.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, expected 'llama'")
+    path, config = Path(folder) / CONFIG_FILE, read_config_json(folder)
+    kind = config.get("model_type")
+    if kind not in ("llama", "chameleon"):
+        raise UserError(f"{path}: model_type is {kind!r}, expected 'llama' or 'chameleon'")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise UserError(f"{path}: {key}=true is not supported, Llama has no biases")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act={config['hidden_act']!r} is not supported, Llama has 'silu'")
+    if config.get("quantization_config"):
+        raise UserError(f"{path}: quantised weights are not supported: give the folder that they were made from")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
         return ModelShape(
@@ -64,9 +71,25 @@ def read_llama_shape(folder: str) -> ModelShape:
             rope_scaling=_rope_scaling(rope, path),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            norm_position="post" if config.get("swin_norm") else "pre",
+            qk_norm="layer" if kind == "chameleon" else "none",
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing") from error
+
+
+def read_config_json(folder: str) -> dict[str, Any]:
+    """`config.json` of a folder of weights. Raises UserError where there is none or it cannot be read."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"model.base={folder}: not a Hugging Face Llama folder (no config.json in it)")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object with the model's settings")
+    return config
 
 
 def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
@@ -79,17 +102,6 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
     return RopeScaling(**{name: rope[name] for name in names})
 
 
-def weight_files(folder: str) -> list[Path]:
-    """The safetensors files of a Llama folder, in a stable order. Raises UserError if there are none."""
-    index, single = Path(folder) / INDEX_FILE, Path(folder) / SINGLE_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [Path(folder) / name for name in names]
-    if single.is_file():
-        return [single]
-    raise UserError(f"model.base={folder}: no {SINGLE_FILE} or {INDEX_FILE} in it (weights must be safetensors)")
-
-
 def parameter_names(model: FusionModel, llama_name: str) -> list[str]:
     """Every parameter of `model` that a tensor of a Llama checkpoint fills: one per group, or none for a tensor it has no place for."""
     top = {"model.embed_tokens.weight": "text.embedding", "lm_head.weight": "text.head"}
@@ -98,68 +110,88 @@ def parameter_names(model: FusionModel, llama_name: str) -> list[str]:
     if llama_name == "model.norm.weight":
         return [f"final_norm.{group}.weight" for group in model.final_norm]
     head, _, rest = llama_name.removeprefix("model.layers.").partition(".")
-    part = BLOCK_PARTS.get(rest.removesuffix(".weight"))
+    module, _, kind = rest.rpartition(".")
+    part = (BLOCK_PARTS if kind == "weight" else {}).get(module) or (HEAD_NORMS if model.shape.qk_norm == "layer" else {}).get(module)
     if part is None or not head.isdigit() or int(head) >= len(model.blocks):
         return []
     name = f"blocks.{head}.{part}"
-    return [f"{name}.{group}.weight" for group in model.get_submodule(name)]
+    return [f"{name}.{group}.{kind}" for group in model.get_submodule(name)]
 
 
-def llama_weights(model: FusionModel, folder: str, others: ReadRows) -> ReadRows:
-    """Where `model` starts on top of a Llama folder: the text side and its copies (LMFusion 3.1: image norms, attention and FFN start as the
-    text's) are read from the files, slice by slice; what the folder has nothing for is taken from `others`.
+def llama_slices(model: FusionModel, folder: str) -> dict[str, Stored]:
+    """The tensor of a Llama folder that each parameter of `model` starts from: the text side, and its copies (LMFusion 3.1: image norms, attention
+    and FFN start as the text's). What is not among the keys, the folder has nothing for.
 
-    Raises UserError for files that cannot be read, that do not fit config.json, or that lack a tensor of the text side.
+    Raises UserError for files that cannot be read, that do not fit config.json, that lack a tensor of the text side or hold one too many.
     """
-    slices = {name: piece for llama_name, piece in _open_tensors(folder) for name in parameter_names(model, llama_name)}
+    slices: dict[str, Stored] = {}
+    for llama_name, tensor in open_tensors(Path(folder)).items():
+        names = parameter_names(model, llama_name)
+        if not names and not _is_superfluous(model, llama_name):
+            raise UserError(f"{tensor.file}: {llama_name} has no place in the Llama that config.json describes: the two do not belong together")
+        slices.update(dict.fromkeys(names, _flat(tensor) if llama_name.rpartition(".")[0].endswith(tuple(HEAD_NORMS)) else tensor))
     _require_complete(model, slices, folder)
-
-    def read_rows(name: str, shape: torch.Size, first: int, last: int) -> torch.Tensor:
-        if name not in slices:
-            return others(name, shape, first, last)
-        try:
-            return slices[name][first:last] if first < last else torch.empty(0, *shape[1:])
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: cannot be read as safetensors: {error}") from error
-
-    return read_rows
+    return slices
 
 
-def _open_tensors(folder: str) -> Iterator[tuple[str, Any]]:
-    """Every tensor of a Llama folder by name, as a slice of its file of which nothing is read yet."""
-    for path in weight_files(folder):
-        try:
-            file = safe_open(path, framework="pt")  # it maps the file, which its slices keep open
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, file.get_slice(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
+def _flat(tensor: Stored) -> Stored:
+    """The same bytes, as a tensor of a single dim."""
+    return replace(tensor, shape=(math.prod(tensor.shape),))
 
 
-def _require_complete(model: FusionModel, slices: Mapping[str, Any], where: str) -> None:
+def _is_superfluous(model: FusionModel, llama_name: str) -> bool:
+    """Whether nothing is lost without a tensor: the head of a model that has the embedding for one, constants, and what makes codes of images."""
+    if llama_name.startswith(CODE_MAKER):
+        return True
+    return (llama_name == "lm_head.weight" and model.text.head is None) or llama_name.endswith(NOT_WEIGHTS)
+
+
+def _require_complete(model: FusionModel, slices: Mapping[str, Stored], where: str) -> None:
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for name, piece in slices.items():
-        if list(piece.get_shape()) != shapes[name]:
-            raise UserError(f"{where}: the tensor for {name} has shape {list(piece.get_shape())}, config.json says {shapes[name]}")
+        if list(piece.shape) != shapes[name]:
+            raise UserError(f"{where}: the tensor for {name} has shape {list(piece.shape)}, config.json says {shapes[name]}")
     missing = sorted(name for name in shapes.keys() - slices.keys() if not name.startswith("image."))
     if missing:
         raise UserError(f"{where}: no tensor for {missing[0]} (and {len(missing) - 1} more): the weights are incomplete")
 
 
-def _llama_tensors(model: FusionModel) -> dict[str, torch.Tensor]:
-    """The text side of a model under the names of a Llama checkpoint."""
-    tensors = {"model.embed_tokens.weight": model.text.embedding.weight}
-    if model.text.head is not None:
-        tensors["lm_head.weight"] = model.text.head.weight
-    tensors["model.norm.weight"] = model.final_norm[model.final_norm.groups[0]].weight
+def is_plain_llama(shape: ModelShape) -> bool:
+    """Whether a model of this shape has the norms of a Llama and no others."""
+    return shape.norm_position == "pre" and shape.qk_norm == "none"
+
+
+def llama_names(model: FusionModel) -> dict[str, str]:
+    """The text side of a model: names of a Llama's tensors -> names of parameters. Raises UserError for a text side that no Llama has."""
+    if not is_plain_llama(model.shape):
+        raise UserError("this model norms behind its sublayers or its queries and keys, as no Llama does: it cannot be written as one")
+    names = {"model.embed_tokens.weight": "text.embedding.weight"}
     for i in range(len(model.blocks)):
         for llama_part, part in BLOCK_PARTS.items():
-            untied = model.get_submodule(f"blocks.{i}.{part}")
-            tensors[f"model.layers.{i}.{llama_part}.weight"] = untied[untied.groups[0]].weight
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            names[f"model.layers.{i}.{llama_part}.weight"] = _of_text(model, f"blocks.{i}.{part}")
+    names["model.norm.weight"] = _of_text(model, "final_norm")
+    if model.text.head is not None:
+        names["lm_head.weight"] = "text.head.weight"
+    others = [name for name, _ in model.named_parameters() if name not in names.values() and not _is_of_others(name)]
+    if others:
+        raise UserError(f"{others[0]} has no place in a Llama, nor do {len(others) - 1} more: this recipe cannot be written as one")
+    return names
 
 
-def _llama_config(shape: ModelShape) -> dict[str, Any]:
+def _of_text(model: FusionModel, part: str) -> str:
+    try:
+        return f"{part}.{model.get_submodule(part).groups[TEXT.id]}.weight"
+    except AttributeError as error:
+        raise UserError(f"the text side of this recipe has no {part} as a Llama has: it cannot be written as one") from error
+
+
+def _is_of_others(name: str) -> bool:
+    """Whether a parameter belongs to another modality than text."""
+    return name.startswith("image.") or bool((set(MODALITY_NAMES) - {TEXT.name}) & set(name.split(".")))
+
+
+def llama_config(shape: ModelShape, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What `config.json` says of a Llama of this shape."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
     if shape.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **vars(shape.rope_scaling)}
@@ -177,18 +209,21 @@ def _llama_config(shape: ModelShape) -> dict[str, Any]:
         "rms_norm_eps": shape.norm_eps,
         "rope_theta": shape.rope_theta,
         "rope_parameters": rope,
+        "rope_scaling": None if shape.rope_scaling is None else rope,  # what versions before 5 of transformers read
         "tie_word_embeddings": shape.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def export_llama(model: FusionModel, folder: str, tokenizer_json: str | None = None) -> None:
-    """Write the text side as a Hugging Face Llama folder (`config.json`, `model.safetensors`, and `tokenizer.json` where given)."""
+    """Write the text side of a model in memory as a Hugging Face Llama folder (`config.json`, `model.safetensors`, and `tokenizer.json` where given)."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(_llama_config(model.shape), indent=2) + "\n")
-    save_file(_llama_tensors(model), path / SINGLE_FILE, metadata={"format": "pt"})
+    names = llama_names(model)
+    tensors = [Planned(name, tuple(model.get_parameter(parameter).shape), torch.float32) for name, parameter in names.items()]
+    write_tensors(path, tensors, lambda name: model.get_parameter(names[name]))
+    (path / CONFIG_FILE).write_text(json.dumps(llama_config(model.shape), indent=2) + "\n")
     if tokenizer_json is not None:
         (path / TOKENIZER_FILE).write_text(tokenizer_json)

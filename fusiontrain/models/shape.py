@@ -20,7 +20,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All sizes in numbers of features, heads, layers and tokens."""
+    """All sizes in numbers of features, heads, layers and tokens. norm_position: pre, post; qk_norm: none, rms, layer; dropout: a share."""
 
     vocab_size: int
     dim: int
@@ -33,6 +33,9 @@ class ModelShape:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    norm_position: str = "pre"
+    qk_norm: str = "none"
+    dropout: float = 0.0
 
 
 def shape_from_config(model: ModelConfig) -> ModelShape:
@@ -56,4 +59,7 @@ def shape_from_config(model: ModelConfig) -> ModelShape:
         rope_theta=model.rope_theta or 10_000.0,
         norm_eps=model.norm_eps or 1e-5,
         tie_embeddings=bool(model.tie_embeddings),
+        norm_position=model.norm_position or "pre",
+        qk_norm=model.qk_norm or "none",
+        dropout=model.dropout,
     )

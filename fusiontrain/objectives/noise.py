@@ -24,8 +24,8 @@ def keyed_normal(noise_keys: torch.Tensor, image_ids: torch.Tensor, num_channels
     places = _places_in_image(image_ids, len(noise_keys))  # [N]
     channels = torch.arange(num_channels, device=image_ids.device)
     counters = places[:, None] * num_channels + channels  # [N, C]
-    streams = _mix(noise_keys)[image_ids]  # mixed first, so that neighbouring keys do not give shifted copies of one stream
-    return _normal(_mix(streams[:, None] + counters * _signed(GOLDEN_GAMMA)))
+    streams = mix_bits(noise_keys)[image_ids]  # mixed first, so that neighbouring keys do not give shifted copies of one stream
+    return _normal(mix_bits(streams[:, None] + counters * _signed(GOLDEN_GAMMA)))
 
 
 def _places_in_image(image_ids: torch.Tensor, num_images: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ def _normal(bits: torch.Tensor) -> torch.Tensor:
     return (torch.sqrt(-2 * torch.log(radius_draw)) * torch.cos(2 * math.pi * angle_draw)).float()
 
 
-def _mix(bits: torch.Tensor) -> torch.Tensor:
+def mix_bits(bits: torch.Tensor) -> torch.Tensor:
     """splitmix64's finalizer on int64, whose products wrap as those of uint64 do."""
     bits = bits + _signed(GOLDEN_GAMMA)
     bits = (bits ^ _shift_right(bits, SHIFTS[0])) * _signed(MULTIPLIERS[0])

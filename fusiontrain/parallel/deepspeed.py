@@ -35,8 +35,8 @@ class _PlainOutputs(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        return {name: (term.sum, term.count) for name, term in self.model(batch).items()}
+    def forward(self, batch: Batch) -> dict[str, tuple[torch.Tensor | None, ...]]:
+        return {name: tuple(vars(term).values()) for name, term in self.model(batch).items()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Zero:
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         """What the model itself returns, with gradients that `backward` can take."""
-        return {name: LossTerm(*pair) for name, pair in self.engine(batch).items()}
+        return {name: LossTerm(*term) for name, term in self.engine(batch).items()}
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add to the gradients; with the `last` micro-batch of a step they are averaged over the ranks.

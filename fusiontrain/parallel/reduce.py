@@ -54,12 +54,12 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The (picklable) value of every rank, in order of rank."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The (picklable) value of every rank, in order of rank. group: of all ranks, if the default one is in use elsewhere."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 

@@ -35,6 +35,7 @@ from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
 from fusiontrain.train.progress import Progress
 from fusiontrain.train.signals import BreakOff, StopRequest
+from fusiontrain.train.sinks.all import missing_packages
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
 from fusiontrain.train.trainer import Reporter, Trainer
 from fusiontrain.utils.errors import UserError
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for what can only be known with the ranks and the disk at hand, all problems at once."""
-    problems = [str(problem) for problem in file_problems(config)]
+    problems = [*(str(problem) for problem in file_problems(config)), *missing_packages(config.metrics.sinks)]
     mesh_shape(config.parallel, world_size)
     sequences, micro = config.train.global_batch_sequences, config.train.micro_batch_sequences or 1
     if sequences % (world_size * micro):
@@ -197,4 +198,4 @@ def open_run_folder(config: Config, step: int) -> MetricsWriter:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    return MetricsWriter(folder, step)
+    return MetricsWriter(folder, step, config)

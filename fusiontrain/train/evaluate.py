@@ -9,16 +9,15 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from fusiontrain.config.schema import Config
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.paint import paint
-from fusiontrain.generate.pictures import contact_sheet
-from fusiontrain.modality import MODALITY_NAMES
+from fusiontrain.modality import MODALITY_NAMES, table_of
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.reduce import sum_tensor
 from fusiontrain.train.step import global_counts
@@ -34,36 +33,41 @@ def validation_losses(
     between: called before every batch; what it raises ends the evaluation.
     """
     sums = torch.zeros(len(MODALITY_NAMES), dtype=torch.float64, device=device)
-    targets = dict.fromkeys(MODALITY_NAMES, 0)
+    targets, names, was_training = dict.fromkeys(MODALITY_NAMES, 0), set[str](), model.training
+    model.eval()
     try:
         for micro_batches, _ in itertools.islice(loader.iterate(0), num_batches):
             between()
             counts = global_counts(micro_batches)
             targets = {name: targets[name] + counts.targets[name] for name in MODALITY_NAMES}
             for batch in micro_batches:
+                names |= batch.target_counts.keys()
                 for name, term in model(batch.to(device)).items():
                     sums[MODALITY_NAMES.index(name)] += term.sum
     finally:
+        model.train(was_training)
         free_gathered(model)
     totals = sum_tensor(sums).tolist()
-    return {name: total / targets[name] if targets[name] else math.nan for name, total in zip(MODALITY_NAMES, totals, strict=True)}
+    sums_of = dict(zip(MODALITY_NAMES, totals, strict=True))
+    return {m.name: sums_of[m.name] / targets[m.name] if targets[m.name] else math.nan for m in table_of(names)}
 
 
-def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config, between: Callable[[], None] = lambda: None) -> Image.Image:
-    """One sheet with a picture of every prompt of the config, in their order. All ranks call this together.
+def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config, between: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+    """A picture of every prompt of the config, in their order, [H, W, 3] uint8. All ranks call this together.
 
     between: called before every denoising step; what it raises ends the painting.
     """
     sample = config.sample
-    pictures = paint(
+    return paint(
         model,
         tokenizer,
         sample.prompts,
         image=config.data.image,
         steps=sample.steps,
         guidance=sample.guidance,
+        sampler=sample.sampler,
+        eta=sample.ddim_eta,
         seed=config.seed,
         context=config.data.sequence_length,
         between=between,
     )
-    return contact_sheet(pictures, sample.prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def folder_identity(folder: Path) -> dict[str, str]:
     if not files:
         raise UserError(f"{folder}: no .safetensors file found: give the folder that the model was loaded from")
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{sha256_of(file)}\0".encode())
+    with ThreadPoolExecutor() as pool:
+        for file, content in zip(files, pool.map(sha256_of, files), strict=True):
+            digest.update(f"{file.name}\0{content}\0".encode())
     return {"path": str(folder.resolve()), "sha256": digest.hexdigest()}
 
 

@@ -1,70 +1,31 @@
-"""A trained model for use, in one process: what sampling, evaluation and export start from."""
+"""A trained model for use, in one process: what sampling, evaluation and `fusiontrain.load` start from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from fusiontrain.config.load import load
-from fusiontrain.config.schema import Config, KernelsConfig
-from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer
-from fusiontrain.models.build import build_model
-from fusiontrain.models.fusion import FusionModel
-from fusiontrain.parallel.mesh import Ranks
-from fusiontrain.train import ema
-from fusiontrain.train.checkpoint import CONFIG, MANIFEST, list_checkpoints, load_checkpoint, read_manifest
-from fusiontrain.train.identity import model_identity, require_same_model
-from fusiontrain.train.state import model_tensors
+import torch
+
+from fusiontrain.data.tokenizer import load_tokenizer
+from fusiontrain.train.sources import open_source
+from fusiontrain.train.trained import Trained
 from fusiontrain.utils.errors import UserError
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A model in evaluation mode on the CPU in float32, and what belongs to it."""
+def load_for_inference(
+    path: str | Path, averaged: bool = False, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Trained:
+    """The model of a checkpoint, run or exported folder, if `averaged` with the moving average of its weights; no process group is needed.
 
-    model: FusionModel
-    config: Config
-    tokenizer: Tokenizer
-    checkpoint: Path
-
-
-def find_trained(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest of a run folder. Raises UserError where there is none."""
-    folder = Path(path)
-    if (folder / MANIFEST).is_file():
-        return folder
-    checkpoints = list_checkpoints(folder / "checkpoints") or list_checkpoints(folder)
-    if not checkpoints:
-        raise UserError(f"{folder}: neither a complete checkpoint nor a run with one: give a folder such as RUN/checkpoints/step-00000100")
-    return checkpoints[-1]
-
-
-def load_for_inference(path: str | Path, averaged: bool = False) -> Trained:
-    """The model of a checkpoint or run folder, if `averaged` with the moving average of its weights; no process group is needed.
-
-    Folders named in the config (model.base and so on) are looked for as in training, relative to the working directory, and where they
-    were when the checkpoint was written. Raises UserError where they are gone or hold other weights, and for averages that were not kept.
+    dtype: of the weights and of what is computed, float32 or bfloat16; None: as stored. Tensors are read, cast and moved one by one. Raises
+    UserError for what `open_source` refuses and for a Llama folder that says nothing of its training.
     """
-    checkpoint = find_trained(path)
-    manifest = read_manifest(checkpoint)
-    config = find_folders(load(checkpoint / CONFIG), manifest["model"]["folders"], checkpoint)
-    model = build_model(config.model_copy(update={"kernels": KernelsConfig()}))  # those of the training may need its GPU
-    tensors = model_tensors(model, dict(model.named_parameters()), include_frozen=config.model.base is None)
-    require_same_model(manifest["model"], model_identity(config, tensors), checkpoint)
-    if averaged and ema.GROUP not in manifest["model"]:
-        raise UserError(f"{checkpoint}: holds no averages of the weights (train.ema_decay was null): leave --ema out")
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad and averaged}
-    groups = {"model": tensors.keys() - trains, ema.GROUP: trains}
-    load_checkpoint(checkpoint, {group: {name: tensors[name] for name in names} for group, names in groups.items() if names}, Ranks())
-    return Trained(model.eval(), config, load_tokenizer(config), checkpoint)
-
-
-def find_folders(config: Config, folders: dict[str, dict[str, str]], checkpoint: Path) -> Config:
-    """`config` with its base where it is now: where the config says, or else where the checkpoint saw it."""
-    base = config.model.base
-    if base is None or Path(base).is_dir():
-        return config
-    remembered = folders["base"]["path"]
-    if not Path(remembered).is_dir():
-        raise UserError(f"{checkpoint}: model.base={base} is not there (nor {remembered}): put the base model back, its weights are needed")
-    return config.model_copy(update={"model": config.model.model_copy(update={"base": remembered})})
+    device = torch.device(device)
+    source = open_source(path, averaged, device)
+    if not source.has_config:
+        raise UserError(f"{source.folder}: is a Llama without a FusionTrain config: start a training from it with model.base={source.folder}")
+    tokenizer = load_tokenizer(source.config)
+    tensors = {name: source.read(name).to(device, dtype or source.dtypes[name]) for name, _ in source.model.named_parameters()}
+    # Whatever else is in the state, such as persistent buffers, would have to be stored and read too: strict refuses to go without.
+    source.model.load_state_dict(tensors, strict=True, assign=True)
+    return Trained(source.model.to(device).eval(), source.config, tokenizer, source.folder)

@@ -1,4 +1,4 @@
-"""What a run writes about itself: one JSON object per step, TensorBoard, and a log file per rank."""
+"""What a run writes about itself: one JSON object per step, trackers such as TensorBoard, and a log file per rank."""
 
 from __future__ import annotations
 
@@ -9,67 +9,55 @@ import os
 import resource
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from fusiontrain.config.load import to_yaml
+from fusiontrain.config.schema import Config
 from fusiontrain.data.errors import REASONS
+from fusiontrain.data.storage.shard import shown_source
+from fusiontrain.generate.pictures import contact_sheet
+from fusiontrain.train.by_source import source_labels
+from fusiontrain.train.sinks.all import Sinks
+from fusiontrain.train.step_values import Mixture, shown
 from fusiontrain.utils.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 BAD_STEPS_FILE = "bad_steps.jsonl"
 
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
-"""Dense bfloat16 FLOP/s by a part of the device's name, first match (NVIDIA's data sheets)."""
-
-GROUPS = {
-    "loss": "loss/total",
-    "tokens": "tokens/all",
-    "grad_norm": "optimizer/grad_norm",
-    "lr": "optimizer/learning_rate",
-    "skipped": "health/skipped_samples",
-    "skipped_steps": "health/skipped_steps",
-    "memory_gib": "health/memory_gib",
-    "epoch": "progress/epoch",
-    "tokens_per_second": "throughput/tokens_per_second",
-    "step_seconds": "throughput/step_seconds",
-    "data_seconds": "throughput/data_seconds",
-    "flops": "throughput/flops",
-    "mfu": "throughput/mfu",
-}
-"""Key of metrics.jsonl -> TensorBoard tag; keys that have a group already (loss/text, validation/image) keep their name."""
-
 
 class MetricsWriter:
-    """The metrics of one run folder. Only the main rank has one."""
+    """The metrics of one run folder, and of the trackers of `metrics.sinks`. Only the main rank has one."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """Continue a run after `step`: whatever the files hold of later steps is dropped."""
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, which ranks without a writer need not pay
-
+    def __init__(self, folder: Path, step: int, config: Config | None = None) -> None:
+        """Continue a run after `step`: whatever the files hold of later steps is dropped. Without `config`: TensorBoard alone, and no sources."""
         self.folder, self.path = folder, folder / METRICS_FILE
-        truncate_metrics(self.path, step)
+        sources = config.data.sources if config is not None else ()
+        self._labels = source_labels(sources)
+        self._weights = {self._labels[shown_source(source.path)]: source.weight for source in sources}
+        self._mixture = Mixture(tuple(self._labels.values()))
+        truncate_metrics(self.path, step, self._mixture.add)
         bad_samples = folder / BAD_SAMPLES_FILE
         truncate_metrics(bad_samples, step)
         self._reasons = Counter(line["reason"] for line in read_metrics(bad_samples)) if bad_samples.exists() else Counter()
         self._bad_samples = bad_samples.open("a", encoding="utf-8")
         truncate_metrics(folder / BAD_STEPS_FILE, step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._step = step
+        self.sinks = Sinks(config.metrics.sinks if config is not None else ("tensorboard",), folder, step, config.model_dump(mode="json") if config else {})
+        if config is not None:
+            self.sinks.text(step, "run/config", f"```yaml\n{to_yaml(config)}\n```")
+            self.sinks.text(step, "run/mixture", self._mixture.table(self._weights))
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one step's values to metrics.jsonl; numbers that JSON has no word for (NaN, infinity) become null."""
+        self._step = values["step"]
+        self._mixture.add(values)
         self._file.write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
         self._file.flush()
 
@@ -86,38 +74,38 @@ class MetricsWriter:
             file.write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
 
     def board(self, values: Mapping[str, Any]) -> None:
-        """Show a step's values in TensorBoard."""
-        for key, value in values.items():
-            if key != "step" and _finite(value) is not None:
-                self._board.add_scalar(GROUPS.get(key, key), value, values["step"])
-        self._board.flush()
+        """Show a step's values, which are written already, in the trackers, and each source's share of what was used so far."""
+        self.sinks.scalars(values["step"], shown(values) | self._mixture.shares())
 
-    def pictures(self, step: int, prompts: Sequence[str], sheet: Image.Image) -> Path:
-        """Store a sheet of samples as samples/step-XXXXXXXX/grid.png, with prompts.json in its order, and show both in TensorBoard."""
-        folder = self.folder / "samples" / f"step-{step:08d}"
+    def pictures(self, step: int, prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> Path:
+        """Store samples ([H, W, 3] uint8) as one sheet, samples/step-XXXXXXXX/grid.png, with prompts.json in its order, and show them in the trackers."""
+        folder, sheet = self.folder / "samples" / f"step-{step:08d}", contact_sheet(pictures, prompts)
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / "grid.png")
         (folder / "prompts.json").write_text(json.dumps(list(prompts), indent=1), encoding="utf-8")
-        self._board.add_image("samples/pictures", np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
-        self._board.add_text("samples/prompts", "\n".join(f"{i + 1}. {prompt}" for i, prompt in enumerate(prompts)), step)
-        self._board.flush()
+        self.sinks.pictures(step, prompts, pictures, sheet)
         return folder / "grid.png"
 
     def close(self) -> None:
+        """Close the files and the trackers, which may wait for what they have not sent yet."""
         self._file.close()
         self._bad_samples.close()
-        self._board.close()
+        if self._weights:
+            self.sinks.text(self._step, "run/mixture", self._mixture.table(self._weights))
+        self.sinks.close()
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to `step`; a line that a kill cut short is dropped too."""
+def truncate_metrics(path: Path, step: int, visit: Callable[[Mapping[str, Any]], None] = lambda line: None) -> None:
+    """Keep the lines of metrics.jsonl up to `step`, and `visit` them; a line that a kill cut short is dropped too."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            if values["step"] <= step:
                 kept.append(line + "\n")
+                visit(values)
         except (ValueError, KeyError):
             continue
     partial = path.with_name(path.name + ".tmp")
@@ -132,14 +120,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense FLOP/s of a device in `precision`, or None where it is not known."""
-    if device.type != "cuda" or precision != "bfloat16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def memory_gib(device: torch.device) -> float:

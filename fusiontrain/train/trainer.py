@@ -16,28 +16,32 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fusiontrain.config.load import to_yaml
 from fusiontrain.config.schema import Config
 from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.modality import table_of
 from fusiontrain.models.flops import count_flops
 from fusiontrain.parallel.deepspeed import Zero
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.mesh import Ranks
-from fusiontrain.parallel.reduce import gather_bytes, gather_floats
+from fusiontrain.parallel.reduce import gather_bytes
 from fusiontrain.train.bad_steps import PASSED_OVER, Action, Verdict, is_passed_over, judge, remember
-from fusiontrain.train.checkpoint import Tensors, save_checkpoint
+from fusiontrain.train.by_source import source_labels
+from fusiontrain.train.checkpoint import Tensors
+from fusiontrain.train.devices import peak_flops
 from fusiontrain.train.evaluate import paint_prompts, validation_losses
-from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib, peak_flops
+from fusiontrain.train.gradients import modality_groups
+from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib
 from fusiontrain.train.optim import set_learning_rate
 from fusiontrain.train.progress import Progress
-from fusiontrain.train.retention import Retention
+from fusiontrain.train.saving import Saver, all_finite
 from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.state import TrainState
-from fusiontrain.train.step import NOTHING_DONE, StepCounts, StepResult, global_counts, train_step
+from fusiontrain.train.step import NOTHING_DONE, StepCounts, StepResult, global_counts, objective_weights, train_step
+from fusiontrain.train.step_values import StepTotals, gather_totals, step_values
 from fusiontrain.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -60,17 +64,6 @@ class Reporter(Protocol):
 
     def event(self, text: str) -> None:
         """What happens now and then: an evaluation, a checkpoint, a skipped update."""
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """Numbers of one step that ranks measure for themselves. Times in seconds, memory in GiB: of the rank with the most."""
-
-    stop_requested: bool
-    skipped_samples: int
-    memory_gib: float
-    data_seconds: float
-    step_seconds: float
 
 
 @dataclass
@@ -100,6 +93,10 @@ class Trainer:
     def __post_init__(self) -> None:
         # Indexing counts its bad samples again in every process; a resumed run has them in its state already.
         self._counted_before = self.loader.skipped if self.state.step else 0
+        self._modalities = tuple(modality.name for modality in table_of(self.config.data.modalities))
+        self._sources = source_labels(self.config.data.sources)
+        self._groups = modality_groups(dict(self.model.named_parameters()))
+        self._saver = Saver(self.config, self.ranks, self.tensors, self.identity, self.optimizer, self.reporter.event)
 
     def run(self) -> bool:
         """Train to `train.steps`, or until any rank is asked to stop. Returns whether it got to the end; it has saved either way."""
@@ -108,14 +105,14 @@ class Trainer:
         batches = self.loader.iterate(LoaderState.from_dict(self.state.data) if self.state.data else self.state.step)
         skipped_before = self.state.skipped_samples
         while self.state.step < config.train.steps and not stopping:
-            started = time.perf_counter()
+            started, computed = time.perf_counter(), time.process_time()
             self.progress.enter("data", self.state.step + 1)
             micro_batches, data_state = next(batches)
             waited = time.perf_counter() - started
             rate = learning_rate(self.state.step + 1, config.optimizer, config.train.steps)
             counts, result, verdict = self._step(micro_batches, rate)
             self.progress.enter("agreement")
-            totals = self._gather_totals(waited, time.perf_counter() - started)
+            totals = self._gather_totals(waited, time.perf_counter() - started, time.process_time() - computed, counts)
             history = remember(self.state.history, result, config.train.spike_window)
             self.state = next_state(self.state, data_state.to_dict(), counts, verdict, history, skipped_before + totals.skipped_samples)
             if verdict.reason:
@@ -126,21 +123,26 @@ class Trainer:
                 values |= self._evaluate()
             self.progress.enter("metrics")
             self._publish(values)
+            if totals.save_failed:
+                self._saver.wait()  # one rank knows that the save in the background failed: all raise that
             if not self.stop.agreed:
                 self._paint()
             stopping = self.stop.agreed  # perhaps in the middle of an evaluation
             if stopping or self._due(config.checkpoint.every_steps) or self._is_last():
                 self._save(values)
             self._require_progress()
+        self._saver.wait()
         return not stopping
 
     def close(self) -> None:
-        """Close the files of the run and its shards, and end the engine."""
+        """Let a save end that is under way, close the files of the run and its shards, and end the engine."""
+        self._saver.close()
         self.loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
         if self.writer is not None:
             self.writer.close()
+            self._tell_news(self.writer)
         if self.zero is not None:
             self.zero.close()
 
@@ -151,9 +153,9 @@ class Trainer:
             return *NOTHING_DONE, PASSED_OVER
         self.progress.enter("forward and backward")
         flops = sum(sum(count_flops(self.model, batch).values()) for batch in micro_batches)
-        counts = global_counts(micro_batches, flops)
+        counts = global_counts(micro_batches, flops, tuple(self._sources))
         set_learning_rate(self.optimizer, rate)
-        weights = {"text": config.objective.text_weight, "image": config.objective.image_weight}
+        weights = objective_weights(config.objective)
         clip, world = config.optimizer.clip_norm, self.ranks.world_size
         verdicts: list[Verdict] = []
 
@@ -162,7 +164,7 @@ class Trainer:
             verdicts.append(judge(result, self.state.history, config.train))
             return verdicts[-1].action is Action.UPDATE
 
-        result = train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device, accept, self.zero)
+        result = train_step(self.model, self.optimizer, micro_batches, counts, weights, clip, world, device, accept, self.zero, self._groups)
         return counts, result, verdicts[-1]
 
     def _report_bad_step(self, verdict: Verdict, result: StepResult, micro_batches: Sequence[Batch]) -> None:
@@ -180,36 +182,15 @@ class Trainer:
                 "resume with train.skip_steps, data.from_step or train.spike=skip"
             )
 
-    def _gather_totals(self, data_seconds: float, step_seconds: float) -> StepTotals:
-        """One small all-gather, which is also where all ranks agree to stop after the same step."""
+    def _gather_totals(self, data_seconds: float, step_seconds: float, compute_seconds: float, counts: StepCounts) -> StepTotals:
         skipped = self.loader.skipped - self._counted_before
-        mine = (float(bool(self.stop)), skipped, memory_gib(self.ranks.device), data_seconds, step_seconds)
-        stops, all_skipped, memory, waits, seconds = zip(*gather_floats(mine), strict=True)
-        return StepTotals(any(stops), int(sum(all_skipped)), max(memory), max(waits), max(seconds))
+        saving = self._saver.look()
+        return gather_totals(bool(self.stop), *saving, skipped, memory_gib(self.ranks.device), data_seconds, step_seconds, compute_seconds, counts)
 
     def _values(self, counts: StepCounts, result: StepResult, totals: StepTotals, rate: float) -> dict[str, Any]:
         """The step's line in metrics.jsonl."""
-        tokens, seconds = sum(counts.tokens.values()), totals.step_seconds
         peak = peak_flops(self.ranks.device, self.config.parallel.precision)
-        return {
-            "step": self.state.step,
-            "loss": result.loss,
-            **{f"loss/{name}": loss for name, loss in result.losses.items()},
-            "grad_norm": result.grad_norm,
-            "lr": rate,
-            "tokens": tokens,
-            **{f"tokens/{name}": number for name, number in counts.tokens.items()},
-            **{f"targets/{name}": number for name, number in counts.targets.items()},
-            "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": totals.data_seconds,
-            "flops": counts.flops,
-            "mfu": counts.flops / seconds / (peak * self.ranks.world_size) if peak else None,
-            "memory_gib": totals.memory_gib,
-            "skipped": self.state.skipped_samples,
-            "skipped_steps": self.state.skipped_steps,
-            **{key: self.state.data[key] for key in ("epoch",) if key in self.state.data},
-        }
+        return step_values(self.state, counts, result, totals, rate, self._sources, self._modalities, peak * self.ranks.world_size if peak else None)
 
     def _publish(self, values: dict[str, Any]) -> None:
         due = self._due(self.config.train.log_every_steps) or self.state.step == 1
@@ -220,11 +201,16 @@ class Trainer:
             self.reporter.event(f"step {values['step']}: every gradient is zero: {why}")
         findings = self._gather_findings()
         if self.writer is not None:
-            values |= self.writer.bad_samples(findings)
+            values |= self.writer.bad_samples(findings) | {"sink_failures": self.writer.sinks.failures}
             self.writer.write(values)
             if due or any(key.startswith("validation/") for key in values):
                 self.writer.board(values)
+            self._tell_news(self.writer)
         self.reporter.step(values, due)
+
+    def _tell_news(self, writer: MetricsWriter) -> None:
+        for text in writer.sinks.news():
+            self.reporter.event(text)
 
     def _gather_findings(self) -> list[dict[str, Any]]:
         """The bad samples of this step on all ranks, in order of rank."""
@@ -255,13 +241,13 @@ class Trainer:
         self.progress.enter("sample")
         try:
             with self._whole_root():
-                sheet = paint_prompts(self.model, self.tokenizer, config, self._between)
+                pictures = paint_prompts(self.model, self.tokenizer, config, self._between)
         except BreakOff:
             return
         finally:
             free_gathered(self.model)
         if self.writer is not None:
-            path = self.writer.pictures(self.state.step, config.sample.prompts, sheet)
+            path = self.writer.pictures(self.state.step, config.sample.prompts, pictures)
             self.reporter.event(f"step {self.state.step}: samples in {path}")
 
     def _between(self) -> None:
@@ -274,22 +260,12 @@ class Trainer:
 
     def _save(self, values: Mapping[str, Any]) -> None:
         self.progress.enter("save")
-        self._require_finite_weights()
-        folder = Path(self.config.run.dir) / "checkpoints"
-        keep, text = Retention.of(self.config.checkpoint), to_yaml(self.config)
-        metrics = {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
-        path = save_checkpoint(folder, self.state, self.tensors, self.identity, text, self.ranks, keep, metrics)
-        self.reporter.event(f"step {self.state.step}: saved {path}")
-
-    def _require_finite_weights(self) -> None:
-        """A checkpoint of weights that are not finite would only push out the good ones."""
-        shards = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in self.tensors["model"].values())
-        broken = any(not shard.isfinite().all() for shard in shards if shard.is_floating_point())
-        if any(flag for (flag,) in gather_floats((float(broken),))):
+        if not all_finite(self.tensors["model"]):  # a checkpoint of such weights would only push out the good ones
             raise TrainingDiverged(
                 f"step {self.state.step}: weights are no longer finite, so they are not saved: lower optimizer.learning_rate and resume from the "
                 "last checkpoint"
             )
+        self._saver.save(self.state, values)
 
     def _require_progress(self) -> None:
         if self.state.skipped_in_a_row >= self.config.train.max_skipped_in_a_row:

@@ -50,12 +50,15 @@ def test_prompts_are_painted(run_dir, tmp_path, capsys) -> None:
     first = np.asarray(Image.open(tmp_path / "000.png"))
     assert first.shape == (32, 32, 3)
 
+    assert (record["sampler"], record["eta"]) == ("auto", 0.0)
     checkpoint = str(run_dir / "checkpoints" / "step-00000001")
     again = tmp_path / "again"
     arguments = [checkpoint, "--prompt", "a red circle", "--out", str(again)]
     assert main(["sample", *arguments, "--seed", "5"]) == 0
     assert str(again / "000.png") + ": a red circle" in capsys.readouterr().out
     assert np.abs(np.asarray(Image.open(again / "000.png")).astype(int) - first).max() <= 1, "the second prompt was no part of the first picture"
+    assert sampled(capsys, *arguments, "--seed", "5", "--sampler", "ddim", "--eta", "1", "--steps", "3")["eta"] == 1
+    assert np.abs(np.asarray(Image.open(again / "000.png")).astype(int) - first).max() > 8
     sampled(capsys, *arguments, "--seed", "6")
     assert np.abs(np.asarray(Image.open(again / "000.png")).astype(int) - first).max() > 8
 
@@ -83,6 +86,7 @@ def test_both_make_one_document_in_the_order_given(run_dir, picture, tmp_path, c
         ([], "nothing to do"),
         (["--prompt", "x", "--mode", "caption"], "takes --image only"),
         (["--prompt", "x", "--steps", "0"], "--steps 0: must be a number of at least 1"),
+        (["--prompt", "x", "--eta", "1.5"], "--eta 1.5: must be a number from 0 to 1"),
         (["--prompt", "x", "--guidance", "nan"], "--guidance nan"),
         (["--prompt", "x", "--guidance", "inf"], "--guidance inf"),
         (["--prompt", "x" * 300], "data.sequence_length) is 256"),
@@ -143,3 +147,20 @@ def test_evaluate_reports_losses_and_scores(run_dir, capsys) -> None:
     assert "was trained with 8" in capsys.readouterr().err
     assert main(["evaluate", str(run_dir), "data.validation_sources=[]"]) == 2
     assert "validation_sources" in capsys.readouterr().err
+
+
+def test_an_exported_folder_serves_like_its_run(run_dir, tmp_path, capsys) -> None:
+    out = str(tmp_path / "model")
+    assert main(["checkpoint", "export", str(run_dir), "--out", out]) == 0
+    assert f'fusiontrain.load("{out}")' in capsys.readouterr().out
+    pictures = []
+    for source in (str(run_dir), out):
+        folder = tmp_path / Path(source).name
+        sampled(capsys, source, "--prompt", "a red circle", "--out", str(folder / "samples"), *BRIEF)
+        pictures.append(np.asarray(Image.open(folder / "samples" / "000.png")))
+    assert np.array_equal(*pictures)
+    reports = []
+    for source in (str(run_dir), out):
+        assert main(["evaluate", source, "--judge", "1", "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[1]["checkpoint"] == out and reports[0]["validation"] == reports[1]["validation"] and reports[0]["scores"] == reports[1]["scores"]

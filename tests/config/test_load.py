@@ -81,13 +81,13 @@ data:
 train: {stepz: 4, learning_rate: 3, global_batch_sequences: 2.5}
 """)
     assert lines_of(file) == [
-        "FILE: model.recipe: given the text 'lmfusoin', expected one of dense, transfusion, lmfusion; did you mean lmfusion?",
+        "FILE: model.recipe: given the text 'lmfusoin', expected one of dense, transfusion, lmfusion, mot, chameleon; did you mean lmfusion?",
         "FILE: model.vocab_size: given the text '12', expected a whole number >= 8 or null",
         "FILE: data.sources.0.path: given 3, expected a text",
         "FILE: data.sources.0.wieght: unknown key; did you mean data.sources.0.weight?",
-        "FILE: data.modalities.1: given the text 'imag', expected one of text, image; did you mean image?",
+        "FILE: data.modalities.1: given the text 'imag', expected one of text, image, speech; did you mean image?",
         "FILE: data.image: given 5, expected a section with the keys decoder, resize, size, min_tokens, max_tokens, patch_size, representation, "
-        "codebook_size, channels, image_first_noise_cap",
+        "codebook_size, channels, attention, image_first_noise_cap",
         "FILE: data.sequence_length: given true, expected a whole number >= 8",
         "FILE: train.steps: is missing; expected a whole number >= 1",
         "FILE: train.global_batch_sequences: given 2.5, expected a whole number >= 1",

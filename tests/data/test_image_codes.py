@@ -88,8 +88,18 @@ def test_codes_are_tokens_behind_the_tokenizers_own_in_raster_order(tmp_path):
         assert tokens == expected
         assert labels == [*expected[1:], -100]
     assert (batch.segment_ids == -1).all(), "codes are causal"
-    assert batch.token_counts["image"] == 0
-    assert batch.payloads["image"].values.numel() == 0
+    assert "image" not in batch.payloads
+    num_codes = sum(height * width + 4 for height, width in SHAPES)
+    assert batch.token_counts["image"] == batch.target_counts["image"] == num_codes
+    low, high = batch.modality_bounds[1:3]
+    assert high - low == num_codes and (batch.token_ids[low:high] >= FIRST_CODE).all() and (batch.token_ids[:low] < FIRST_CODE).all()
+
+
+def test_labels_are_counted_by_their_own_modality_not_by_that_of_their_row(tmp_path):
+    batch = first_batch(make_loader(write_shard(tmp_path / "a.tar", SAMPLES)))
+    labelled = batch.labels != -100
+    assert torch.equal(batch.label_modality_ids[labelled], (batch.labels[labelled] >= FIRST_CODE).to(torch.int8))
+    assert batch.target_counts == {"text": int((batch.labels[labelled] < FIRST_CODE).sum()), "image": int((batch.labels >= FIRST_CODE).sum())}
 
 
 def test_the_plan_knows_the_lengths_from_the_index(tmp_path):
@@ -109,8 +119,7 @@ def test_a_split_never_goes_through_the_codes_of_an_image(tmp_path):
     for step in range(4):
         for planned in loader.plan.step(step):
             for document in loader.builder.read(planned, []).documents:
-                (text,) = document.segments
-                ids = text.token_ids.tolist()
+                ids = [token for segment in document.segments for token in segment.token_ids.tolist()]
                 assert ids.count(BOI) == ids.count(EOI)
     assert loader.skipped == 0
 
@@ -208,6 +217,6 @@ def test_peek_spells_codes_out(tmp_path):
     sequences = [s for s in loader.plan.step(0) if any(d.sample == 0 for d in s.documents)]
     peek(sequences, loader.plan, loader.config, loader.tokenizer, tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "sources.json").read_text())
-    (file,) = next(row["files"] for row in rows if row["sample"] == 0)
+    files = next(row["files"] for row in rows if row["sample"] == 0)
     one, two = (" ".join(map(str, array.ravel())) for array in (codes(0, 2, 3), codes(100, 2, 2)))
-    assert (tmp_path / "out" / file).read_text() == f"picture 0[{one}]and[{two}]"
+    assert "".join((tmp_path / "out" / file).read_text() for file in files) == f"picture 0[{one}]and[{two}]"

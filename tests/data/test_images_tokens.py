@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 
 from fusiontrain.config.schema import ImageDataConfig
+from fusiontrain.data.collate import pack_documents
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.modalities.image import decode_image, patchify
+from fusiontrain.data.modalities.image import decode_image, image_segment, patchify
 from fusiontrain.data.tokenizer import load_tokenizer
 from fusiontrain.models.modalities.patches import patchify as torch_patchify
 from fusiontrain.models.modalities.patches import unpatchify
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.shards import png
+from fusiontrain.types import Document, Segment, SourceRef
 from fusiontrain.utils.errors import UserError
 
 CONFIG = ImageDataConfig(size=8, patch_size=4)
@@ -68,6 +70,15 @@ def test_wide_images_are_cropped_in_the_middle():
 def test_what_is_no_image_is_a_bad_sample(data):
     with pytest.raises(BadSample, match="not an image that can be read"):
         decode_image("png", data, CONFIG)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_patches_see_all_of_their_image_or_those_before_them(attention):
+    segment = image_segment("png", png(3), CONFIG.model_copy(update={"attention": attention}), 1.0)
+    document = Document((Segment("text", token_ids=np.array([1, 2])), segment), SourceRef("s", "s", 0, "k"))
+    batch = pack_documents([document], tiny_config())
+    seen = [[hi - lo for lo, hi in ranges] for ranges in batch.key_ranges[batch.modality_bounds[1] :][:4].tolist()]
+    assert seen == ([[2, 4]] * 4 if attention == "bidirectional" else [[2, 1], [2, 2], [2, 3], [2, 4]])
 
 
 def test_latents_are_taken_as_stored():

@@ -9,7 +9,7 @@ import torch
 from fusiontrain.generate import stream
 from fusiontrain.generate.caption import caption
 from fusiontrain.generate.pictures import from_pictures
-from fusiontrain.generate.stream import Writing, _choose, read_tokens, write_text
+from fusiontrain.generate.stream import Writing, choose, read_tokens, write_text
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of
 from fusiontrain.testing.generation import BOI, BOS, EOI, EOS, TOKENIZER, ScriptedModel, lively_model
@@ -83,18 +83,18 @@ def test_a_caption_does_not_depend_on_its_neighbours(model) -> None:
 def test_draws_follow_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3])
     logits = probabilities.log().expand(4000, -1)
-    drawn = _choose(logits, Writing(1, temperature=1.0), range(4000), 0)
+    drawn = choose(logits, Writing(1, temperature=1.0), range(4000), 0)
     shares = np.bincount(drawn, minlength=4) / 4000
     np.testing.assert_allclose(shares, probabilities, atol=0.03)
     assert shares[1] == 0
-    sharper = np.bincount(_choose(logits, Writing(1, temperature=0.5), range(4000), 0), minlength=4) / 4000
+    sharper = np.bincount(choose(logits, Writing(1, temperature=0.5), range(4000), 0), minlength=4) / 4000
     np.testing.assert_allclose(sharper, probabilities**2 / (probabilities**2).sum(), atol=0.03)
 
 
 def test_a_draw_of_zero_passes_over_tokens_of_no_probability(monkeypatch) -> None:
     monkeypatch.setattr(stream, "keyed_uniform", lambda *keys: 0.0)
     logits = torch.tensor([[-torch.inf, -torch.inf, 1.0, 1.0]])
-    assert _choose(logits, Writing(1, temperature=1.0), [0], 0) == [2]
+    assert choose(logits, Writing(1, temperature=1.0), [0], 0) == [2]
 
 
 def test_a_budget_beyond_the_context_is_refused(model) -> None:

@@ -58,7 +58,7 @@ def without_values(read) -> list:
 
 def test_a_document_of_text_and_two_pictures(model, monkeypatch) -> None:
     keys = []
-    monkeypatch.setattr(interleave_module, "paint_into", lambda m, t, c, key, *rest: keys.append(key) or paint_into(m, t, c, key, *rest))
+    monkeypatch.setattr(interleave_module, "paint_into", lambda m, t, c, key, *rest, **more: keys.append(key) or paint_into(m, t, c, key, *rest, **more))
     scripted = ScriptedModel(model, [[A, B, BOI, C, BOI, A, EOS]])
     pieces = continued(scripted, ["hi"])
     assert kinds(pieces) == ["AB", "picture", "C", "picture", "A"]

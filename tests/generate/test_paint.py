@@ -66,8 +66,12 @@ def test_ragged_rows_in_pieces_equal_the_whole_forward(model) -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize(("sampler", "steps"), [(Ddpm(1000), 50), (Ddpm(20), 20), (FlowMatching(3.0), 7), (FlowMatching(1.0), 1)])
-def test_denoising_with_a_perfect_prediction_ends_at_the_image(sampler, steps, clip) -> None:
+@pytest.mark.parametrize("name", ["auto", "ddpm", "ddim"])
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [(Ddpm(1000), 50), (Ddpm(20), 20), (Ddpm(1000, "v"), 1), (Ddpm(1000, "x0"), 9), (FlowMatching(3.0), 7), (FlowMatching(1.0), 1)],
+)
+def test_denoising_with_a_perfect_prediction_ends_at_the_image(sampler, steps, clip, name) -> None:
     clean = torch.linspace(-1, 1, 2 * 6 * 5).view(2, 6, 5)
 
     def predict(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -76,9 +80,10 @@ def test_denoising_with_a_perfect_prediction_ends_at_the_image(sampler, steps, c
         if isinstance(sampler, FlowMatching):
             return (x - clean) / level
         kept = sampler.alpha_bar[(levels * sampler.num_timesteps).round().long()][:, None, None]
-        return ((x - kept.sqrt() * clean) / (1 - kept).sqrt()).float()
+        noise = (x - kept.sqrt() * clean) / (1 - kept).sqrt()
+        return {"eps": noise, "x0": clean, "v": kept.sqrt() * noise - (1 - kept).sqrt() * clean}[sampler.prediction].float()
 
-    image = denoise(predict, sampler, [11, 12], 5, (2, 3), steps, torch.device("cpu"), clip=clip)
+    image = denoise(predict, sampler, [11, 12], 5, (2, 3), steps, torch.device("cpu"), clip=clip, sampler=name, eta=0.5)
     torch.testing.assert_close(image, clean, atol=1e-3, rtol=0)
 
 
@@ -100,18 +105,10 @@ def test_noise_is_a_function_of_key_and_draw_alone() -> None:
     assert not torch.equal(together[1:2], image_noise([6], 3, 4, (2, 3), cpu))
 
 
-def test_every_step_gets_noise_of_its_own() -> None:
+def test_every_step_gets_noise_of_its_own(monkeypatch) -> None:
     noises: list[torch.Tensor] = []
-
-    class Recorder:
-        def sampling_levels(self, steps: int) -> torch.Tensor:
-            return torch.linspace(1, 0, steps + 1)
-
-        def step(self, x, prediction, level, next_level, noise, *, clip=None):
-            noises.extend([noise] if noises else [x, noise])
-            return x
-
-    denoise(lambda x, levels: x, Recorder(), [1, 2], 4, (2, 2), 3, torch.device("cpu"))
+    monkeypatch.setattr("fusiontrain.generate.guidance.image_noise", lambda *args: noises.append(image_noise(*args)) or noises[-1])
+    denoise(lambda x, levels: x, Ddpm(100), [1, 2], 4, (2, 2), 3, torch.device("cpu"))
     numbers = torch.stack(noises).flatten(2).flatten(0, 1)  # the start and three steps, of two images
     assert len(numbers) == 8
     assert len({tuple(row.tolist()) for row in numbers}) == 8
@@ -187,6 +184,27 @@ def test_mistakes_are_one_sentence(model, settings, word) -> None:
     with pytest.raises(UserError, match=word):
         painted(model, **settings)
     painted(model, ["x" * 90])  # exactly the context
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
+def test_every_sampler_paints_its_own_picture_and_asks_the_model_as_often_as_it_says(objective, monkeypatch) -> None:
+    model, calls, pictures = lively_model(tiny_config({"objective.image": objective})), [], {}
+    decode = model.decode_image
+    monkeypatch.setattr(model, "decode_image", lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs))
+    for sampler, cost in (("ddpm", 3), ("ddim", 3), ("euler", 3), ("heun", 5)):
+        calls.clear()
+        (pictures[sampler],) = painted(model, ["a"], guidance=1.0, sampler=sampler)
+        assert len(calls) == cost
+    (usual,) = painted(model, ["a"], guidance=1.0)
+    assert np.array_equal(usual, pictures["ddpm" if objective == "ddpm" else "euler"])
+    assert np.array_equal(painted(model, ["a"], guidance=1.0, sampler="ddim", eta=1.0)[0], pictures["ddpm"])
+    different = [("ddpm", "ddim"), ("euler", "heun"), ("ddpm", "heun")]
+    assert all(largest_difference([pictures[one]], [pictures[other]]) > 2 for one, other in different)
+
+
+def test_a_sampler_that_there_is_not_is_a_sentence(model) -> None:
+    with pytest.raises(UserError, match="'dpm': must be auto or one of ddpm, ddim, euler, heun"):
+        painted(model, sampler="dpm")
 
 
 def test_too_many_steps_of_a_schedule_are_refused() -> None:

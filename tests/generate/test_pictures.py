@@ -111,7 +111,7 @@ def test_pictures_go_through_the_autoencoder(vae_config, monkeypatch) -> None:
     assert np.abs(shown - expected.detach().numpy()).max() < 0.6
 
     seen = []
-    monkeypatch.setattr(paint_module, "denoise", lambda *args, clip: seen.append(clip) or denoise(*args, clip=clip))
+    monkeypatch.setattr(paint_module, "denoise", lambda *args, clip, **more: seen.append(clip) or denoise(*args, clip=clip, **more))
     (picture,) = paint(model, TOKENIZER, ["x"], image=image, steps=2, guidance=2.0, seed=0)
     assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
     assert seen == [None], "latents have no largest value"

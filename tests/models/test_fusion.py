@@ -13,7 +13,7 @@ from fusiontrain.models.fusion import FusionModel
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of, document
 from fusiontrain.testing.models import write_tiny_llama
-from fusiontrain.types import Batch
+from fusiontrain.types import Batch, Document
 
 BOI, EOI = 258, 259
 WORDS = [256, 72, 101, 108, 108, 111]
@@ -27,6 +27,11 @@ def interleaved_documents() -> list:
         document([*WORDS, BOI], IMAGE, [EOI, 5, 6, BOI], ("image", 1, 2), [EOI, 7, 257], seed=3),
         document([256, 9, 8, 7, 257], seed=4),
     ]
+
+
+def as_kind(one: Document, bidirectional: bool) -> Document:
+    """The document with images whose patches see all of their image, or those before them."""
+    return dataclasses.replace(one, segments=tuple(dataclasses.replace(s, bidirectional=s.bidirectional and bidirectional) for s in one.segments))
 
 
 def lmfusion_config(tmp_path, **overrides):
@@ -120,6 +125,20 @@ def test_hidden_states_equal_the_loop_of_the_paper(tmp_path, separation, frozen_
     expected = naive_hidden(model, torch.cat(rows), batch)
     live = batch.doc_ids >= 0
     torch.testing.assert_close(hidden[live].double(), expected[live], atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_transfusion_equals_the_loop_with_images_of_either_kind(bidirectional):
+    config = tiny_config({"model.image.patcher": "linear"})
+    model = randomise(build_model(config))
+    documents = [as_kind(one, bidirectional) for one in interleaved_documents()]
+    batch = batch_of(documents, config)
+    rows = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
+    hidden = model._hidden(batch)[1]
+    live = batch.doc_ids >= 0
+    assert (batch.segment_ids[live] >= 0).any() == bidirectional
+    torch.testing.assert_close(hidden[live].double(), naive_hidden(model, rows[0], batch)[live], atol=2e-5, rtol=2e-4)
 
 
 # ---------------------------------------------------------------- law 4
@@ -236,12 +255,13 @@ def test_storage_order_of_documents_changes_no_loss(tmp_path):
     torch.testing.assert_close(forward.sum, backward.sum, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("input_scale", [1.0, 3.0])
-def test_decoding_in_pieces_equals_the_whole_forward(tmp_path, input_scale):
-    config = lmfusion_config(tmp_path, **{"model.image.input_scale": input_scale})
+@pytest.mark.parametrize(("input_scale", "attention"), [(1.0, "bidirectional"), (3.0, "bidirectional"), (1.0, "causal")])
+def test_decoding_in_pieces_equals_the_whole_forward(tmp_path, input_scale, attention):
+    settings = {"model.image.input_scale": input_scale, "data.image": {"size": 8, "patch_size": 4, "attention": attention}}
+    config = lmfusion_config(tmp_path, **settings)
     model = randomise(build_model(config))
     after = [EOI, 33, 34, 35]
-    doc = document([*WORDS, BOI], IMAGE, after, max_timestep=0.0)
+    doc = as_kind(document([*WORDS, BOI], IMAGE, after, max_timestep=0.0), attention == "bidirectional")
     batch = batch_of([doc], config)
     expected = model.text_logits(batch)[batch.doc_ids[: batch.modality_bounds[1]] >= 0]
     cache = model.new_cache(1, 40)

@@ -6,11 +6,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+import fusiontrain
+from fusiontrain.config.load import to_yaml
 from fusiontrain.models.build import build_model
 from fusiontrain.models.modalities.patches import patchify, unpatchify
 from fusiontrain.models.modalities.vae import LatentCodec
+from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of, document
+from fusiontrain.train.checkpoint import save_checkpoint
+from fusiontrain.train.export import export_model
+from fusiontrain.train.identity import model_identity
+from fusiontrain.train.retention import Retention
+from fusiontrain.train.sources import open_source
+from fusiontrain.train.state import TrainState, model_tensors
 from fusiontrain.utils.errors import UserError
 
 
@@ -61,3 +70,16 @@ def test_what_is_no_autoencoder_is_refused(tmp_path, folder):
         LatentCodec(str(tmp_path))
     with pytest.raises(UserError, match="multiple of the VAE's downsampling factor 2"):
         LatentCodec(folder).latent_patch_dim(3 * 3 * 3)
+
+
+def test_an_exported_model_brings_its_autoencoder(tmp_path, folder):
+    config = tiny_config({"model.image.vae": folder, "model.image.patcher": "linear"})
+    model = build_model(config)
+    stored = model_tensors(model, dict(model.named_parameters()), include_frozen=True)
+    tensors = {"model": stored, "optimizer": {}}
+    save_checkpoint(tmp_path, TrainState(step=1), tensors, model_identity(config, stored), to_yaml(config), Ranks(), Retention(last=1), {})
+    export_model(open_source(tmp_path), tmp_path / "out", "fusiontrain")
+    loaded = fusiontrain.load(tmp_path / "out")
+    assert loaded.config.model.image.vae == str(tmp_path / "out" / "vae")
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(loaded.model.codec.decode(latents), model.codec.decode(latents))

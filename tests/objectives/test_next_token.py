@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
 from fusiontrain.objectives.next_token import NextToken
@@ -24,6 +27,33 @@ def test_sum_over_labelled_rows_and_their_count() -> None:
     torch.testing.assert_close(term.sum, torch.tensor(expected), rtol=1e-5, atol=0)
     assert term.sum.dtype == torch.float32
     assert term.count.dtype == torch.int64 and int(term.count) == 3
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_z_loss_is_the_squared_log_of_the_denominator_in_training_alone(impl: str) -> None:
+    """A loop in float64, and its gradient by differences."""
+    hidden, weight, labels, loss_weights = (tensor.double() if tensor.is_floating_point() else tensor for tensor in case())
+    objective = NextToken(impl, z_loss=0.3)
+
+    def by_loop(hidden: torch.Tensor, z_loss: float) -> float:
+        total = 0.0
+        for row in (0, 2, 3):
+            scores = [float(hidden[row] @ weight[word]) for word in range(len(weight))]
+            log_denominator = math.log(sum(math.exp(score) for score in scores))
+            total += float(loss_weights[row]) * (log_denominator - scores[labels[row]] + z_loss * log_denominator**2)
+        return total
+
+    hidden.requires_grad_()
+    term = objective(hidden, weight, labels, loss_weights, 3)
+    (grad,) = torch.autograd.grad(term.sum, hidden)
+    hidden = hidden.detach()
+    assert term.sum.item() == pytest.approx(by_loop(hidden, 0.3), rel=1e-9)
+    for place in ((0, 1), (3, 2)):
+        change = torch.zeros_like(hidden)
+        change[place] = 1e-5
+        slope = (by_loop(hidden + change, 0.3) - by_loop(hidden - change, 0.3)) / 2e-5
+        assert float(grad[place]) == pytest.approx(slope, rel=1e-6)
+    assert float(objective.eval()(hidden, weight, labels, loss_weights, 3).sum) == pytest.approx(by_loop(hidden, 0.0), rel=1e-9)
 
 
 def test_rows_without_a_label_have_no_influence() -> None:

@@ -13,10 +13,10 @@ from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import build_mesh, process_group, read_ranks
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.training import full_tensors, lmfusion_config, make_sequences, split, write_base
-from fusiontrain.train.checkpoint import load_checkpoint, save_checkpoint
+from fusiontrain.train.checkpoint import load_checkpoint
 from fusiontrain.train.ema import average_weights
 from fusiontrain.train.optim import build_optimizer, embedding_names
-from fusiontrain.train.retention import Retention
+from fusiontrain.train.saving import Saver
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
 from fusiontrain.train.step import global_counts, train_step
 
@@ -52,25 +52,30 @@ def go_on(config: Config, folder: str, resume: bool) -> Answer:
             return result.loss, result.grad_norm
 
         if resume:
-            load_checkpoint(Path(folder) / "step-00000002", tensors, ranks)
+            load_checkpoint(Path(folder) / "checkpoints" / "step-00000002", tensors, ranks)
         else:
             step(1), step(2)
-            save_checkpoint(Path(folder), TrainState(step=2), tensors, {}, "", ranks, Retention(1), {})
         held = full_tensors({f"{group}/{name}": tensor for group, part in tensors.items() for name, tensor in part.items()})
-        return held, step(3)
+        saver = Saver(config, ranks, tensors, {}, optimizer, lambda text: None)
+        if not resume:
+            saver.save(TrainState(step=2), {})  # in the background, while the next step is on its way
+        following = step(3)
+        saver.wait()
+        saver.close()
+        return held, following
 
 
 def run(layout: str, base: str, folder: Path, resume: bool) -> Answer:
     world_size, overrides = LAYOUTS[layout]
-    return shared_pool().run(go_on, world_size, lmfusion_config(base, overrides), str(folder), resume, group=world_size > 1)[0]
+    return shared_pool().run(go_on, world_size, lmfusion_config(base, {"run.dir": str(folder), **overrides}), str(folder), resume, group=world_size > 1)[0]
 
 
 @pytest.mark.parametrize("saved_on", ["one rank", "FSDP x3", "HSDP 2x2, frozen replicated, offloaded"])
 def test_every_layout_loads_what_another_saved(saved_on: str, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
-    wanted, (loss, norm) = run(saved_on, base, tmp_path / "checkpoints", resume=False)
+    wanted, (loss, norm) = run(saved_on, base, tmp_path / "run", resume=False)
     for layout in LAYOUTS:
-        held, following = run(layout, base, tmp_path / "checkpoints", resume=True)
+        held, following = run(layout, base, tmp_path / "run", resume=True)
         assert held.keys() == wanted.keys()
         assert all(torch.equal(held[name], wanted[name]) for name in wanted), layout
         assert following == pytest.approx((loss, norm), rel=1e-5), layout

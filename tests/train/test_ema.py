@@ -87,6 +87,21 @@ def test_a_resumed_run_averages_bit_for_bit(folder: Path, whole) -> None:
         assert all(torch.equal(resumed[group][name], value) for name, value in part.items()), group
 
 
+def test_a_text_that_learns_at_its_own_rate_resumes_bit_for_bit(folder: Path) -> None:
+    """Rates are of the config, moments and averages of the checkpoint."""
+    slow = {"model.freeze_text": False, "optimizer.text_learning_rate_ratio": 0.01, "checkpoint.every_steps": 2, "sample.prompts": ()}
+    config, again = (world_config(folder, {"run.dir": str(folder / name), "train.ema_decay": DECAY, **slow}) for name in ("slow", "slow-again"))
+    tensors = train(config)
+    shutil.copytree(config.run.dir, again.run.dir)
+    shutil.rmtree(checkpoint(again, STEPS))
+    for group, part in train(again).items():
+        assert all(torch.equal(tensors[group][name], value) for name, value in part.items()), group
+    first = dict(build_model(config).named_parameters())
+    moved = {name: float((value - first[name]).abs().mean()) for name, value in tensors["model"].items() if name in first}
+    text, image = (moved[f"blocks.1.feed_forward.up.{side}.weight"] for side in ("text", "image"))
+    assert 0 < text < 0.05 * image
+
+
 def test_a_run_that_begins_to_average_starts_from_its_weights(folder: Path, plain) -> None:
     config = averaging(folder, "late")
     shutil.copytree(plain[0].run.dir, config.run.dir)

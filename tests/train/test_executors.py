@@ -21,7 +21,7 @@ from fusiontrain.train.metrics import read_metrics
 from fusiontrain.utils.errors import UserError
 
 EXECUTORS = {"loop": ("threads", 0), "threads": ("threads", 2), "processes": ("processes", 2)}
-TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "memory_gib"}
+TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "save_seconds", "memory_gib", "imbalance/compute_seconds"}
 STEPS = 5
 
 

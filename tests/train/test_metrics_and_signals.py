@@ -8,12 +8,13 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fusiontrain.train import signals
-from fusiontrain.train.metrics import MetricsWriter, close_log, memory_gib, open_log, peak_flops, read_metrics, truncate_metrics
+from fusiontrain.train.metrics import MetricsWriter, close_log, memory_gib, open_log, read_metrics, truncate_metrics
 from fusiontrain.train.signals import stop_on_signals
 
 
@@ -45,7 +46,7 @@ def test_tensorboard_groups_scalars_and_shows_pictures_with_prompts(tmp_path: Pa
 
     writer = MetricsWriter(tmp_path, 0)
     writer.board({"step": 2, "loss": 1.5, "loss/image": float("nan"), "tokens_per_second": 3.0, "validation/text": 2.5, "mfu": None})
-    path = writer.pictures(2, ["a *red* circle"], Image.new("RGB", (6, 4), (255, 0, 0)))
+    path = writer.pictures(2, ["a *red* circle"], [np.zeros((4, 6, 3), np.uint8)])
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"loss/total", "throughput/tokens_per_second", "validation/text"}
@@ -53,7 +54,7 @@ def test_tensorboard_groups_scalars_and_shows_pictures_with_prompts(tmp_path: Pa
     assert events.Tags()["images"] == ["samples/pictures"]
     text = events.Tensors("samples/prompts/text_summary")[0].tensor_proto.string_val[0]
     assert b"a *red* circle" in text
-    assert path == tmp_path / "samples/step-00000002/grid.png" and Image.open(path).size == (6, 4)
+    assert path == tmp_path / "samples/step-00000002/grid.png" and Image.open(path).size[0] > 100
 
 
 def test_every_rank_has_a_log_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -65,17 +66,8 @@ def test_every_rank_has_a_log_of_its_own(tmp_path: Path, capsys: pytest.CaptureF
     assert "rank 3" in text and "WARNING fusiontrain.some.module: seen" in text and "not seen" not in text
 
 
-def test_memory_and_peak() -> None:
+def test_memory() -> None:
     assert 0.05 < memory_gib(torch.device("cpu")) < 64
-    assert peak_flops(torch.device("cpu"), "bfloat16") is None
-
-
-def test_the_peak_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda", 0)
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("Other", None)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert peak_flops(device, "bfloat16") == peak
-    assert peak_flops(device, "float32") is None
 
 
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)

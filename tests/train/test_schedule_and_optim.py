@@ -62,6 +62,38 @@ def test_frozen_parameters_are_not_in_the_optimizer(tmp_path) -> None:
     assert chosen and not any(name.startswith("text.") or ".text." in name for name in chosen)
 
 
+@pytest.mark.parametrize("separation", ["dense", "shallow", "deep"])
+def test_what_ratio_zero_would_freeze_learns_at_its_ratio(tmp_path, separation: str) -> None:
+    """LMFusion 5.1: what is not separated uses the text's rate. Freezing is asked which weights these are."""
+    base = write_base(tmp_path)
+    frozen = set(build_model(lmfusion_config(base, {"model.separation": separation})).plan().frozen)
+    config = lmfusion_config(base, {"model.separation": separation, "model.freeze_text": False, "optimizer.text_learning_rate_ratio": 0.1})
+    optimizer, _, parameters = groups(config)
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: rates[id(parameter)] for name, parameter in parameters.items()} == {
+        name: pytest.approx(0.05) if name in frozen else 0.5 for name in parameters
+    }
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decays[id(parameter)] == (0.1 if parameter.ndim >= 2 and name != "text.embedding.weight" else 0) for name, parameter in parameters.items())
+
+
+def test_a_step_moves_text_by_its_share(tmp_path) -> None:
+    """The first step of AdamW without decay moves every weight by its learning rate."""
+    config = lmfusion_config(write_base(tmp_path), {"model.freeze_text": False, "optimizer.text_learning_rate_ratio": 0.25, "optimizer.weight_decay": 0.0})
+    optimizer, _, parameters = groups(config)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    set_learning_rate(optimizer, 0.01)
+    optimizer.step()
+    moved = {name: float((before[name] - parameter).mean()) for name, parameter in parameters.items()}
+    assert moved["blocks.0.attention.q.image.weight"] == pytest.approx(0.01, rel=1e-3)
+    assert moved["image.input.weight"] == pytest.approx(0.01, rel=1e-3)
+    assert moved["blocks.0.attention.q.text.weight"] == pytest.approx(0.0025, rel=1e-3)
+    assert moved["text.embedding.weight"] == pytest.approx(0.0025, rel=1e-3)
+
+
 def test_nothing_to_train_is_a_sentence() -> None:
     with pytest.raises(UserError, match="no parameter trains"):
         groups(tiny_config(), freeze_all=True)

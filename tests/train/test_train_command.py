@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fusiontrain.cli import train as command
+from fusiontrain.cli import reporters as command
 from fusiontrain.cli.main import main
 from fusiontrain.config.load import to_yaml
 from fusiontrain.testing.training import world_config
@@ -23,8 +23,8 @@ from fusiontrain.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 VALUES = {
-    "step": 2, "loss": 1.5, "loss/text": 0.5, "loss/image": 0.2, "targets/text": 3, "targets/image": 0, "grad_norm": 1.0, "lr": 1e-3,
-    "tokens_per_second": 1234.5,
+    "step": 2, "loss": 1.5, "loss/text": 0.5, "loss/image": None, "targets/text": 3, "targets/image": 0, "grad_norm": 1.0, "lr": 1e-3,
+    "tokens_per_second": 1234.5, "mfu": 0.4, "data_seconds": 0.02, "step_seconds": 0.5, "memory_gib": 1.25, "skipped": 3,
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_train_then_list_and_verify(config_file: Path, capsys: pytest.CaptureFix
     data.write_bytes(content)
     capsys.readouterr()
     assert main(["checkpoint", "verify", str(run_dir)]) == 2
-    assert "does not match its sha256" in capsys.readouterr().err
+    assert "does not match its checksum" in capsys.readouterr().err
 
 
 def test_evaluation_and_samples_can_be_switched_off(config_file: Path, tmp_path: Path) -> None:
@@ -120,6 +120,7 @@ def test_the_live_line_shows_progress_and_events(monkeypatch: pytest.MonkeyPatch
     reporter.finished()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "2/4" in text and "loss 1.5000 text 0.5000 norm" in text and "saved [step-00000002]" in text and "eta 0:00" in text
+    assert "1,234 tok/s mfu 40.0% wait 4% memory 1.2 GiB skipped 3" in text and "last checkpoint none yet" in text
 
 
 def test_only_the_main_rank_speaks() -> None:

@@ -17,7 +17,7 @@ from fusiontrain.data.documents import build_document
 from fusiontrain.data.errors import BadSample
 from fusiontrain.data.execute.chunks import Chunks
 from fusiontrain.data.formats.pieces import Piece, Sample
-from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource, member_reader
+from fusiontrain.data.index.shard_index import TEXT_PIECE, IndexedSource, member_reader
 from fusiontrain.data.plan.plan import PlannedDocument, PlannedSequence
 from fusiontrain.data.shards import OpenShards
 from fusiontrain.data.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ class Builder:
         ids = tokens.read(self.shards.file(tokens.path), row)
         found, first = [], 0
         for kind, count, member in zip(index.kinds[pieces].tolist(), tokens.counts[pieces].tolist(), index.image_members[pieces].tolist(), strict=True):
-            if kind == IMAGE_PIECE:
+            if kind != TEXT_PIECE:
                 found.append(Piece(image=suffixes[member]))
             else:
                 found.append(Piece(token_ids=ids[first : first + count]))

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import Fields, Piece, Representation, Sample, checked_text, image_suffixes, read_json, representation_of
+from fusiontrain.data.formats.pieces import Fields, Piece, Representation, Sample, checked_text, image_suffixes, is_speech, read_json, representation_of
 
 TEXT_KEYS = ("caption", "captions", "text")
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -18,7 +18,7 @@ DOWNLOAD_FIELDS = {"url", "status", "error_message"}
 def read_captions(
     suffixes: Collection[str], fields: Fields, representation: Representation, text_key: str | None = None, document: Any = None
 ) -> Sample:
-    """A pair from `{key}.jpg` (or .png, ...) and its text; text alone without an image.
+    """A pair from `{key}.jpg` (or .png, ...) or `{key}.units.npy` (speech) and its text; text alone without them.
 
     The text is the first of these that is not blank: `{key}.txt`, `.text` or `.caption`; the field "caption", "captions" or "text" of
     `{key}.json`; the words of `{key}.cls`. text_key: the field of the .json instead, with dots between the keys of nested objects. A list of
@@ -31,11 +31,14 @@ def read_captions(
         raise BadSample(f"has {', '.join(found)}, but data.image.representation={representation}")
     if len(images) > 1:
         raise BadSample(f"has {len(images)} images ({', '.join(images)}), a caption pair has one")
+    speech = sorted(suffix for suffix in suffixes if is_speech(suffix))
+    if len(speech) > 1:
+        raise BadSample(f"has {len(speech)} recordings ({', '.join(speech)}), a caption pair has one")
     texts = _texts(suffixes, fields, text_key, document)
     if not images and "json" in suffixes:
         _require_downloaded(read_json(fields) if document is None else document)
-    pieces = [*(Piece(text=text) for text in texts), *(Piece(image=image) for image in images)]
-    return Sample(tuple(pieces), is_pair=bool(images) or len(texts) > 1)
+    pieces = [*(Piece(text=text) for text in texts), *(Piece(image=name) for name in (*images, *speech))]
+    return Sample(tuple(pieces), is_pair=bool(images or speech) or len(texts) > 1)
 
 
 def _texts(suffixes: Collection[str], fields: Fields, text_key: str | None, document: Any) -> list[str]:

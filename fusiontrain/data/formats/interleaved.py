@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from fusiontrain.data.errors import DECODE, BadSample
-from fusiontrain.data.formats.pieces import ARRAYS, Fields, Piece, Representation, Sample, checked_text, page_name, read_json
+from fusiontrain.data.formats.pieces import ARRAYS, Fields, Piece, Representation, Sample, checked_text, is_speech, page_name, read_json
 
 TIFF_SUFFIXES = ("tiff", "tif")
 
@@ -77,7 +77,7 @@ def _member(image: Any, suffixes: Collection[str], representation: Representatio
         raise BadSample(f"an image name is a {type(image).__name__}")
     name = image.lower()
     array = ARRAYS.get(representation)
-    if array is not None and not name.endswith(array):
+    if array is not None and not name.endswith(array) and not is_speech(name):
         name = f"{name.rpartition('.')[0]}.{array}"
     if name not in suffixes:
         raise BadSample(f"names the image {image!r}, but the shard has no member .{name} of it")

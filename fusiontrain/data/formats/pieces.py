@@ -16,6 +16,7 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 LATENT_SUFFIX = "latent.npy"
 PAGE = "#page="
 CODES_SUFFIX = "vq.npy"
+UNITS_SUFFIX = "units.npy"
 SUFFIXES = 1 << 12
 """Names of members of which what they say is remembered: the same few come with every sample."""
 
@@ -30,7 +31,7 @@ Fields = Callable[[str], bytes]
 
 
 class Piece(NamedTuple):
-    """A text, or the name of an image: the suffix of its member, with `#page=N` behind it where that holds several.
+    """A text, or the name of an image: the suffix of its member, with `#page=N` behind it where that holds several. Speech is named like an image.
     token_ids: of a text that was tokenised before, instead of it."""
 
     text: str | None = None
@@ -68,6 +69,12 @@ def is_image(name: str) -> bool:
 def representation_of(suffix: str) -> Representation:
     """What a member of that suffix holds, if it is an image."""
     return next((name for name, array in ARRAYS.items() if f".{suffix}".endswith(f".{array}")), "pixels")
+
+
+@lru_cache(SUFFIXES)
+def is_speech(name: str) -> bool:
+    """Whether a member holds units of speech."""
+    return f".{name}".endswith(f".{UNITS_SUFFIX}")
 
 
 def image_suffixes(suffixes: Collection[str]) -> list[str]:

@@ -12,12 +12,13 @@ from isal.isal_zlib import crc32  # ten times as fast as that of zlib
 from numpy.typing import DTypeLike
 
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.formats.pieces import Representation, split_page
+from fusiontrain.data.formats.pieces import Representation, is_speech, split_page
 from fusiontrain.data.formats.read import read_sample
-from fusiontrain.data.index.shard_index import IMAGE_PIECE, NO_MEMBER, TEXT_PIECE, ShardIndex, member_reader
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, NO_MEMBER, SPEECH_PIECE, TEXT_PIECE, ShardIndex, member_reader
 from fusiontrain.data.index.tokens import ids_dtype
 from fusiontrain.data.jsonl import samples_of
 from fusiontrain.data.modalities.image import image_size
+from fusiontrain.data.modalities.speech import num_units
 from fusiontrain.data.storage.files import ReadAhead, ShardFile
 from fusiontrain.data.storage.open import open_shard
 from fusiontrain.data.storage.shard import Shard
@@ -98,8 +99,9 @@ class _Builder:
             if text is not None:
                 pieces += (TEXT_PIECE, len(text) if text.isascii() else len(text.encode()), 0, 0, NO_MEMBER)
             elif image is not None:  # a page of a member is indexed as a member with the same bytes
-                height, width = image_size(image, data[image if image in data else split_page(image)[0]])
-                pieces += (IMAGE_PIECE, 0, height, width, places.setdefault(image, len(places)))
+                content = data[image if image in data else split_page(image)[0]]
+                height, width = (1, num_units(content)) if is_speech(image) else image_size(image, content)
+                pieces += (SPEECH_PIECE if is_speech(image) else IMAGE_PIECE, 0, height, width, places.setdefault(image, len(places)))
         self.pieces.extend(pieces)
         for page in itertools.islice(places, len(members), None):
             _, offset, size, _ = members[split_page(page)[0]]

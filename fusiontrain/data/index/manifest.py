@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from fusiontrain.data.index.array_file import write_whole
 from fusiontrain.data.storage.shard import Shard
 
-VERSION = 8
+VERSION = 9
 
 
 class Stat(NamedTuple):

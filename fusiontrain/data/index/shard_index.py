@@ -25,7 +25,7 @@ from fusiontrain.data.storage.shard import Shard, shown_source
 from fusiontrain.data.tar import Member
 from fusiontrain.types import SourceRef
 
-TEXT_PIECE, IMAGE_PIECE = 0, 1
+TEXT_PIECE, IMAGE_PIECE, SPEECH_PIECE = 0, 1, 2
 NO_MEMBER = -1
 
 
@@ -36,8 +36,9 @@ class ShardIndex:
 
     numbers     [n] int32        place in the shard           is_pair [n] bool
     key_start   [n + 1] int64    key_bytes [.] uint8          keys in a row, UTF-8
-    piece_start [n + 1] int64    first piece of a sample      kinds  [p] uint8        TEXT_PIECE or IMAGE_PIECE
-    text_bytes  [p] int32        of texts, 0 for images       heights, widths [p] int32: of images in pixels or latent cells, 0 for texts
+    piece_start [n + 1] int64    first piece of a sample      kinds  [p] uint8        TEXT_PIECE, IMAGE_PIECE, SPEECH_PIECE
+    text_bytes  [p] int32        of texts, 0 for images       heights, widths [p] int32: of images in pixels or latent cells, 0 for texts,
+                                 1 and the number of units for speech
     image_members [p] int32      the image's place among the sample's members; NO_MEMBER for texts
     member_start [n + 1] int64   suffix_ids [m] uint16, into `suffixes`
     offsets, sizes [m] int64     crcs [m] uint32              CRC32 of the member's bytes

@@ -90,7 +90,8 @@ def decode_codes(suffix: str, data: bytes, config: ImageDataConfig) -> np.ndarra
 def image_segment(suffix: str, data: bytes, config: ImageDataConfig, max_timestep: float) -> Segment:
     """A member as a segment; a cap of 0 makes it context, not target."""
     values, grid = decode_patches(suffix, data, config)
-    return Segment(IMAGE.name, values=values, grid=grid, bidirectional=True, is_target=max_timestep > 0, max_timestep=max_timestep)
+    bidirectional = config.attention == "bidirectional"
+    return Segment(IMAGE.name, values=values, grid=grid, bidirectional=bidirectional, is_target=max_timestep > 0, max_timestep=max_timestep)
 
 
 def patchify(maps: np.ndarray, side: int) -> np.ndarray:

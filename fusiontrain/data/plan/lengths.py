@@ -9,10 +9,10 @@ import numpy as np
 from fusiontrain.config.schema import DataConfig
 from fusiontrain.data.documents import MARKERS_PER_IMAGE
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource, ShardIndex
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, SPEECH_PIECE, TEXT_PIECE, IndexedSource, ShardIndex
 from fusiontrain.data.modalities.policy import grid_of
 from fusiontrain.data.plan.mixture import MixedSource
-from fusiontrain.modality import IMAGE
+from fusiontrain.modality import IMAGE, SPEECH
 
 
 def patches(height: int, width: int, data: DataConfig) -> int:
@@ -50,6 +50,9 @@ def num_tokens(index: ShardIndex, text_tokens: np.ndarray, rows: np.ndarray, dat
     kept_piece = np.repeat(kept, np.diff(index.piece_start))
     is_image = (index.kinds == IMAGE_PIECE) & kept_piece
     total = int(_text_tokens(index, text_tokens)[rows].sum()) + MARKERS_PER_IMAGE * int(is_image.sum()) + 2 * len(rows)
+    if SPEECH.name in data.modalities:
+        is_speech = (index.kinds == SPEECH_PIECE) & kept_piece
+        total += int(index.widths[is_speech].sum(dtype=np.int64)) + MARKERS_PER_IMAGE * int(is_speech.sum())
     if IMAGE.name not in data.modalities:
         return total
     sizes, counts = np.unique(np.stack([index.heights[is_image], index.widths[is_image]]), axis=1, return_counts=True)
@@ -64,6 +67,6 @@ def num_tokens(index: ShardIndex, text_tokens: np.ndarray, rows: np.ndarray, dat
 def _text_tokens(index: ShardIndex, text_tokens: np.ndarray) -> np.ndarray:
     """Text tokens of every sample, [n] int64; of the mean caption, rounded down, where a visit shows one of several."""
     sums, texts = (
-        np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[index.piece_start]) for values in (text_tokens, index.kinds != IMAGE_PIECE)
+        np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[index.piece_start]) for values in (text_tokens, index.kinds == TEXT_PIECE)
     )
     return np.where(index.is_pair, sums // np.maximum(texts, 1), sums)

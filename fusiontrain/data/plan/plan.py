@@ -18,7 +18,7 @@ import numpy as np
 from fusiontrain.config.schema import Config
 from fusiontrain.data.documents import Draws, Place, arrange, draw
 from fusiontrain.data.errors import BadSample
-from fusiontrain.data.index.shard_index import IMAGE_PIECE, IndexedSource
+from fusiontrain.data.index.shard_index import IMAGE_PIECE, SPEECH_PIECE, IndexedSource
 from fusiontrain.data.plan.balance import balance
 from fusiontrain.data.plan.lanes import Lanes, even_order, lane_documents
 from fusiontrain.data.plan.lengths import mixed_source, one_pass, patches
@@ -27,7 +27,7 @@ from fusiontrain.data.plan.packing import best_fit_decreasing
 from fusiontrain.data.plan.permutation import feistel
 from fusiontrain.data.plan.windows import Anchor, Windows
 from fusiontrain.data.tokenizer import Tokenizer
-from fusiontrain.modality import IMAGE, TEXT
+from fusiontrain.modality import IMAGE, SPEECH, TEXT
 from fusiontrain.utils.errors import UserError
 from fusiontrain.utils.keyed import hash_key
 
@@ -56,6 +56,7 @@ class PlannedDocument:
     num_tokens: int
     image_tokens: int
     part: int = 0
+    speech_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ class Plan:
         counts = []
         for share in self.shares(step, world_size):
             image, total = sum(s.image_tokens for s in share), sum(s.num_tokens for s in share)
-            counts.append({TEXT.name: total - image, IMAGE.name: image, "padding": len(share) * self.data.sequence_length - total})
+            speech = sum(document.speech_tokens for s in share for document in s.documents)
+            tokens = {TEXT.name: total - image - speech, IMAGE.name: image, SPEECH.name: speech, "padding": len(share) * self.data.sequence_length - total}
+            counts.append({name: count for name, count in tokens.items() if name != SPEECH.name or SPEECH.name in self.data.modalities})
         return counts
 
     def shares(self, step: int, world_size: int) -> list[list[PlannedSequence]]:
@@ -209,7 +212,7 @@ class Plan:
         is_pair = bool(index.is_pair[row])
         try:
             tokens = [
-                self._patches(height, width) if kind == IMAGE_PIECE else count
+                self._patches(height, width) if kind == IMAGE_PIECE else width if kind == SPEECH_PIECE else count
                 for kind, count, height, width in zip(
                     kinds, source.tokens[shard].counts[pieces].tolist(), index.heights[pieces].tolist(), index.widths[pieces].tolist(), strict=True
                 )
@@ -232,7 +235,7 @@ class Plan:
         return [
             PlannedDocument(
                 source_number, epoch, sample, part.places, part.cut, part.num_tokens,
-                sum(place.num_tokens for place in part.places if place.kind == IMAGE_PIECE), number,
+                _tokens(part.places, IMAGE_PIECE), number, _tokens(part.places, SPEECH_PIECE),
             )
             for number, part in enumerate(parts)
         ]  # fmt: skip
@@ -258,6 +261,10 @@ def check_world_size(config: Config, world_size: int) -> None:
 def _near(number: int, divisor: int) -> str:
     below = number // divisor * divisor
     return ", ".join(str(size) for size in (below, below + divisor) if size)
+
+
+def _tokens(places: Sequence[Place], kind: int) -> int:
+    return sum(place.num_tokens for place in places if place.kind == kind)
 
 
 def _cost(documents: Sequence[PlannedDocument]) -> int:

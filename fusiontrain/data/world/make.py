@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fusiontrain.data.formats.pieces import CODES_SUFFIX, UNITS_SUFFIX
 from fusiontrain.data.world.scene import (
     COLORS,
     CORNERS,
@@ -36,6 +37,7 @@ from fusiontrain.data.world.scene import (
     random_scene,
     render,
 )
+from fusiontrain.data.world.tokens import picture_codes, spoken_units, to_npy
 from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -172,8 +174,9 @@ def random_document(rng: Random, held_out: bool) -> WorldDocument:
     )
 
 
-def _to_sample(key: str, document: WorldDocument) -> dict[str, Any]:
-    """A document as webdataset's writer takes it: `json` and one PNG per picture (lossless, so pixels stay exact)."""
+def _to_sample(key: str, document: WorldDocument, tokens: bool) -> dict[str, Any]:
+    """A document as webdataset's writer takes it: `json` and one PNG per picture (lossless, so pixels stay exact). tokens: and `tokens.py`'s codes of
+    every picture, and speech behind every document of text alone."""
     names: list[str | None] = []
     sample: dict[str, Any] = {"__key__": key}
     for picture in document.pictures:
@@ -184,10 +187,23 @@ def _to_sample(key: str, document: WorldDocument) -> dict[str, Any]:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="PNG")
         sample[str(names[-1])] = buffer.getvalue()
+    texts = list(document.texts)
+    if tokens:
+        codes = {f"{place}.{CODES_SUFFIX}": to_npy(picture_codes(picture)) for place, picture in _named(names, document.pictures)}
+        sample |= codes
+    if tokens and document.kind == "text" and texts[0] is not None:
+        sample[f"0.{UNITS_SUFFIX}"] = to_npy(spoken_units(texts[0]))
+        texts.append(None)
+        names.append(f"0.{UNITS_SUFFIX}")
     scenes = [None if scene is None else [asdict(item) for item in scene] for scene in document.scenes]
-    fields = {"texts": list(document.texts), "images": names, "kind": document.kind, "scenes": scenes}
+    fields = {"texts": texts, "images": names, "kind": document.kind, "scenes": scenes}
     sample["json"] = json.dumps(fields).encode()
     return sample
+
+
+def _named(names: Sequence[str | None], pictures: Sequence[np.ndarray | None]) -> Iterator[tuple[str, np.ndarray]]:
+    """The name of each picture without its suffix, and the picture."""
+    return ((name.removesuffix(".png"), picture) for name, picture in zip(names, pictures, strict=True) if name is not None and picture is not None)
 
 
 def make_world(
@@ -196,11 +212,13 @@ def make_world(
     seed: int,
     documents_per_shard: int = 1000,
     validation_share: float = 0.1,
+    tokens: bool = False,
 ) -> dict[str, Any]:
     """Write a world: directory/train/*.tar, directory/validation/*.tar and directory/world.json, whose content is returned.
 
     num_documents counts both splits; validation gets `validation_share` of them and at least one. The same arguments give
-    byte-identical tars. A world that is already there is replaced; any other non-empty directory raises UserError.
+    byte-identical tars. tokens: with codes of the pictures and speech, for models of discrete tokens. A world that is already there is replaced;
+    any other non-empty directory raises UserError.
     """
     directory = Path(directory)
     if num_documents < 2:
@@ -222,14 +240,14 @@ def make_world(
     # written before the shards and again after them: a directory left half-made is known as a world, and as not complete
     _write_info(directory, info)
     for split in SPLITS:
-        _write_split(directory / split, split, info["documents"][split], seed, documents_per_shard)
+        _write_split(directory / split, split, info["documents"][split], seed, documents_per_shard, tokens)
     info["complete"] = True
     _write_info(directory, info)
     logger.info("%s: %d training and %d validation documents", directory, num_documents - num_validation, num_validation)
     return info
 
 
-def _write_split(folder: Path, split: str, num_documents: int, seed: int, documents_per_shard: int) -> None:
+def _write_split(folder: Path, split: str, num_documents: int, seed: int, documents_per_shard: int, tokens: bool) -> None:
     from webdataset.writer import TarWriter  # imports torch where there is one: only when shards are written
 
     folder.mkdir(exist_ok=True)
@@ -247,7 +265,7 @@ def _write_split(folder: Path, split: str, num_documents: int, seed: int, docume
                 path = folder / f"{series}-{shard:05d}.tar"
                 # time and owner are fixed: the bytes depend on the arguments alone
                 writers[series] = open_writers.enter_context(TarWriter(str(path), mtime=0, user="world", group="world"))
-            writers[series].write(_to_sample(f"{split}-{number:07d}", document))
+            writers[series].write(_to_sample(f"{split}-{number:07d}", document, tokens))
             written[series] += 1
 
 
@@ -289,6 +307,6 @@ def _from_fields(members: dict[str, bytes]) -> WorldDocument:
     return WorldDocument(
         kind=fields["kind"],
         texts=tuple(fields["texts"]),
-        pictures=tuple(None if name is None else np.asarray(Image.open(io.BytesIO(members[name]))) for name in fields["images"]),
+        pictures=tuple(None if name is None or not name.endswith(".png") else np.asarray(Image.open(io.BytesIO(members[name]))) for name in fields["images"]),
         scenes=tuple(None if scene is None else tuple(SceneObject(**item) for item in scene) for scene in fields["scenes"]),
     )

@@ -24,13 +24,14 @@ def world_texts(folder: Path) -> Iterator[str]:
                     yield from (text for text in json.load(file)["texts"] if text)
 
 
-def write_tokenizer(folder: Path, path: Path) -> None:
+def write_tokenizer(folder: Path, path: Path, speech: tuple[str, ...] = ()) -> None:
     """Train on the texts of `folder` (a split of a demo world) and write `tokenizer.json` to `path`.
 
-    The special tokens have the names that a config expects by default. Every word of the world becomes one token.
+    The special tokens have the names that a config expects by default, and those that open and close `speech`. Every word of the world becomes one
+    token.
     """
     names = TokenizerConfig()
-    special = [names.begin_text_token, names.end_text_token, names.begin_image_token, names.end_image_token]
+    special = [names.begin_text_token, names.end_text_token, names.begin_image_token, names.end_image_token, *speech]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

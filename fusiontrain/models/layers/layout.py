@@ -22,12 +22,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """The borders of every grouping of modalities that a model has, rotary angles [T, Dh], and the kernels to use."""
+    """The borders of every grouping of modalities that a model has, rotary angles [T, Dh], and the kernels to use.
+
+    row_keys [T] int64: what the dropout of each row is keyed by; None for no dropout.
+    """
 
     rows: Mapping[Groups, Rows]
     cos: torch.Tensor
     sin: torch.Tensor
     kernels: Kernels
+    row_keys: torch.Tensor | None = None
 
 
 def group_rows(groupings: Iterable[Groups], modality_bounds: tuple[int, ...], modality_offsets: torch.Tensor) -> dict[Groups, Rows]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fusiontrain.config.schema import ModelConfig
-from fusiontrain.models.recipes.recipe import ONE_FOR_ALL, Recipe
+from fusiontrain.models.recipes.recipe import Recipe, untie
 
 
-def dense(model: ModelConfig) -> Recipe:
-    return Recipe(attention=ONE_FOR_ALL, feed_forward=ONE_FOR_ALL, final_norm=ONE_FOR_ALL)
+def dense(model: ModelConfig, modalities: Sequence[str]) -> Recipe:
+    return untie((), modalities)

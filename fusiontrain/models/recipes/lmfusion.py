@@ -8,14 +8,16 @@ separate, and copied, wherever attention is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from fusiontrain.config.schema import ModelConfig
 from fusiontrain.modality import TEXT
-from fusiontrain.models.recipes.recipe import ONE_EACH, ONE_FOR_ALL, SHARED, Recipe
+from fusiontrain.models.recipes.recipe import PARTS, SHARED, Part, Recipe, untie
+
+SEPARATE: Mapping[str, tuple[Part, ...]] = {"deep": PARTS, "shallow": ("feed_forward_norm", "feed_forward"), "dense": ()}
 
 
-def lmfusion(model: ModelConfig) -> Recipe:
+def lmfusion(model: ModelConfig, modalities: Sequence[str]) -> Recipe:
     """Separate what `model.separation` says; freeze the text side unless `model.freeze_text` is off."""
-    attention = ONE_EACH if model.separation == "deep" else ONE_FOR_ALL
-    feed_forward = ONE_FOR_ALL if model.separation == "dense" else ONE_EACH
     frozen = frozenset({TEXT.name, SHARED}) if model.freeze_text else frozenset()
-    return Recipe(attention=attention, feed_forward=feed_forward, final_norm=attention, frozen_groups=frozen)
+    return untie(SEPARATE[model.separation], modalities, frozen_groups=frozen)

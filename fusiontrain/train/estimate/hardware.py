@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fusiontrain.config.schema import ParallelConfig
+from fusiontrain.train.devices import PEAKS
 from fusiontrain.train.estimate.traffic import ALL_REDUCE, Channel, wire_bytes
 
-GB, TERA = 1e9, 1e12
+GB = 1e9
 
 HOST_BANDWIDTH = 12 * GB
 """Bytes/s of the host's memory, and of the way to it, that one GPU's share of an offloaded update gets."""
@@ -27,20 +28,20 @@ class Device:
     inter_node: float
 
 
-def _device(name: str, bfloat16: float, float32: float, memory: float, memory_bandwidth: float, intra_node: float, inter_node: float) -> Device:
-    peaks = {"bfloat16": bfloat16 * TERA, "float32": float32 * TERA}
+def _device(key: str, name: str, memory: float, memory_bandwidth: float, intra_node: float, inter_node: float) -> Device:
+    peaks = {precision: PEAKS[key].of(precision) for precision in ("bfloat16", "float32")}
     return Device(name, peaks, memory * GB, memory_bandwidth * GB, intra_node * GB, inter_node * GB)
 
 
 DEVICES = {
-    "a100": _device("A100 SXM 80 GB", 312, 19.5, 80, 2039, 300, 25),
-    "h100": _device("H100 SXM 80 GB", 989, 67, 80, 3350, 450, 50),
-    "h200": _device("H200 SXM 141 GB", 989, 67, 141, 4800, 450, 50),
-    "b200": _device("B200 SXM 180 GB", 2250, 80, 180, 7700, 900, 50),
-    "mi300": _device("MI300X 192 GB", 1307, 163, 192, 5300, 448, 50),
+    "a100": _device("a100", "A100 SXM 80 GB", 80, 2039, 300, 25),
+    "h100": _device("h100", "H100 SXM 80 GB", 80, 3350, 450, 50),
+    "h200": _device("h200", "H200 SXM 141 GB", 141, 4800, 450, 50),
+    "b200": _device("b200", "B200 SXM 180 GB", 180, 7700, 900, 50),
+    "mi300": _device("mi300", "MI300X 192 GB", 192, 5300, 448, 50),
     "cpu": Device("CPU", {"bfloat16": None, "float32": None}, None, 20 * GB, 1 * GB, 1 * GB),
 }
-"""Vendors' data sheets: dense, without sparsity, float32 without TF32. inter_node: one 400 Gb/s adapter per GPU (A100: 200)."""
+"""Vendors' data sheets; float32 without TF32. inter_node: one 400 Gb/s adapter per GPU (A100: 200)."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusiontrain.config.schema import Config, ParallelConfig
 from fusiontrain.config.validate import uses_images
-from fusiontrain.models.llama_weights import read_llama_shape
+from fusiontrain.models.base import base_shape
 from fusiontrain.models.shape import ModelShape, shape_from_config
 from fusiontrain.utils.errors import UserError
 from fusiontrain_kernels._launch import has_triton
@@ -37,7 +37,7 @@ def shape_of(config: Config) -> tuple[ModelShape, str | None]:
         for pattern, shape in LLAMA_SHAPES.items():
             if re.search(pattern + "$", Path(base).name.lower()):
                 return shape, f"model.base={base} is not here: the published shape of that name is taken"
-    return read_llama_shape(base), None
+    return base_shape(base), None
 
 
 def without_codec(config: Config) -> tuple[Config, str | None]:

@@ -17,7 +17,6 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param, _fully_shard
 from torch.distributed.tensor import DTensor
 
 from fusiontrain.config.schema import Config
-from fusiontrain.modality import IMAGE, TEXT
 from fusiontrain.models.build import build_model
 from fusiontrain.models.fusion import FusionModel
 from fusiontrain.parallel.apply import parallelize
@@ -26,7 +25,7 @@ from fusiontrain.train.ema import average_weights
 from fusiontrain.train.estimate.memory import MemoryTracker
 from fusiontrain.train.estimate.traffic import Channel, TrafficCounter
 from fusiontrain.train.optim import build_optimizer, embedding_names
-from fusiontrain.train.step import accumulate_gradients
+from fusiontrain.train.step import accumulate_gradients, objective_weights
 from fusiontrain.types import Batch
 
 FORWARD, LOSS, BACKWARD, OPTIMIZER = PHASES = ("forward", "loss", "backward", "optimizer")
@@ -72,7 +71,7 @@ def simulate(config: Config, batch: Batch, micro_batches: int, world_size: int) 
             averages = average_weights(optimizer, parameters, config.train.ema_decay) if config.train.ema_decay is not None else {}
             trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
             _update_once(optimizer, trainable, config.optimizer.clip_norm)
-            weights = {TEXT.name: config.objective.text_weight, IMAGE.name: config.objective.image_weight}
+            weights = objective_weights(config.objective)
             with counter:  # three micro-batches tell what any number takes: between the first and the last one they are alike
                 accumulate_gradients(model, [batch] * min(micro_batches, 3), weights, batch.target_counts, world_size, ranks.device)
                 owners = {**_owners(tracker, model, trainable, optimizer), AVERAGES: tracker.serials(averages.values())}

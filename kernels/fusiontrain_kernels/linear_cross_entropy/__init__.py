@@ -24,6 +24,13 @@ def linear_cross_entropy(
     derivative), triton (1024 rows at a time, softmax and gradient in place). In none of them do loss_weights get a
     gradient. Raises ValueError for another impl, and for tensors that do not fit together.
     """
+    return linear_cross_entropy_by_row(hidden, weight, labels, loss_weights, z_loss=z_loss, impl=impl)[0]
+
+
+def linear_cross_entropy_by_row(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, *, z_loss: float = 0.0, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_cross_entropy`, and what each row adds to it: [n] of the sum's dtype, without gradient, which it has at hand anyway."""
     implementation = choose("linear_cross_entropy", _IMPLEMENTATIONS, impl, auto=auto_triton(hidden, "chunked"))
     _check(hidden, weight, labels, loss_weights)
     return implementation(hidden, weight, labels, loss_weights, z_loss)
@@ -43,13 +50,16 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, los
 
 def _chunked(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, z_loss: float, impl: str = "chunked"
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     differentiate = torch.is_grad_enabled()
     hidden_live, weight_live = differentiate and hidden.requires_grad, differentiate and weight.requires_grad
-    return chunked.linear_cross_entropy(hidden, weight, labels, loss_weights, z_loss, hidden_live, weight_live, impl)[0]
+    loss, _, _, losses = chunked.linear_cross_entropy(hidden, weight, labels, loss_weights, z_loss, hidden_live, weight_live, impl)
+    return loss, losses
 
 
-def _triton(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, z_loss: float) -> torch.Tensor:
+def _triton(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     require_triton("linear_cross_entropy", hidden)
     return _chunked(hidden, weight, labels, loss_weights, z_loss, "triton")
 

@@ -65,8 +65,8 @@ def linear_cross_entropy(
     hidden_live: bool,
     weight_live: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> loss, its gradients to hidden [n, D] and weight [V, D] (no elements where not live). impl: chunked, triton."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> loss, its gradients to hidden [n, D] and weight [V, D] (no elements where not live), each row's part of it [n]. impl: chunked, triton."""
     softmax = _softmax_triton if impl == "triton" else _softmax_torch
     rows = ROWS[impl]
     losses, hidden_grad, weight_grad = _outputs(hidden, weight, hidden_live, weight_live, rows)
@@ -80,7 +80,7 @@ def linear_cross_entropy(
             torch.mm(logits, weight, out=hidden_grad[chunk])
         if weight_live:
             _add_product(weight_grad, logits, hidden[chunk], impl)
-    return losses.sum(), hidden_grad, weight_grad
+    return losses.sum(), hidden_grad, weight_grad, losses
 
 
 def _outputs(hidden: torch.Tensor, weight: torch.Tensor, hidden_live: bool, weight_live: bool, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,16 +100,16 @@ def _(
     hidden_live: bool,
     weight_live: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     losses, hidden_grad, weight_grad = _outputs(hidden, weight, hidden_live, weight_live, ROWS[impl])
-    return losses.new_empty(()), hidden_grad, weight_grad
+    return losses.new_empty(()), hidden_grad, weight_grad, losses
 
 
 def _save(ctx, inputs, output) -> None:
     _, weight, _, _, _, ctx.hidden_live, ctx.weight_live, _ = inputs
-    _, hidden_grad, weight_grad = output
+    _, hidden_grad, weight_grad, losses = output
     ctx.dtype = weight.dtype
-    ctx.mark_non_differentiable(hidden_grad, weight_grad)
+    ctx.mark_non_differentiable(hidden_grad, weight_grad, losses)
     ctx.save_for_backward(hidden_grad, weight_grad)
 
 

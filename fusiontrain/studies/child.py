@@ -1,4 +1,4 @@
-"""The stages of the demo: each is one thing a user could have done by hand with the commands of this package."""
+"""Trainings in processes of their own, as a user would start them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusiontrain.config.load import load
 from fusiontrain.utils.errors import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -28,9 +29,6 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
 }
 """Of the trainings, where nothing else is set; launch/env.sh has the reasons."""
-
-EDGE_STEPS = 20
-"""Losses "at the start" and "at the end" are means over this many steps."""
 
 
 def find_config(name: str) -> Path:
@@ -47,12 +45,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def mean_of(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    """Mean of the values of `key` that are numbers; None without one."""
-    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
-    return sum(values) / len(values) if values else None
 
 
 def train(
@@ -95,8 +87,6 @@ def _total_steps(run: Path) -> int:
     path = run / "config.yaml"
     if not path.is_file():
         return 0
-    from fusiontrain.config.load import load
-
     return load(path).train.steps
 
 
@@ -112,42 +102,3 @@ def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[byte
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
             process.kill()
-
-
-def export_base(run: Path, folder: Path) -> None:
-    """The newest checkpoint of a dense run as a Hugging Face Llama folder, tokenizer included."""
-    from fusiontrain.models.llama_weights import export_llama
-    from fusiontrain.train.inference import load_for_inference
-
-    trained = load_for_inference(run)
-    export_llama(trained.model, str(folder), trained.tokenizer.json)
-
-
-def same_steps(original: Path, replay: Path) -> tuple[bool, int]:
-    """Whether every step that both runs recorded has bitwise equal losses and gradient norm, and how many such steps there are."""
-    keys = ("loss", "loss/text", "loss/image", "grad_norm", "lr", "tokens")
-    rows = {row["step"]: [row[key] for key in keys] for row in read_metrics(original)}
-    pairs = [(rows[row["step"]], [row[key] for key in keys]) for row in read_metrics(replay) if row["step"] in rows]
-    return bool(pairs) and all(before == after for before, after in pairs), len(pairs)
-
-
-def text_logits_identical(run: Path, llama: Path) -> tuple[bool, int]:
-    """Whether the trained model gives validation texts bit for bit the logits of the Llama it came from; and on how many tokens."""
-    import torch
-
-    from fusiontrain.data.loader import Loader
-    from fusiontrain.models.build import build_model
-    from fusiontrain.train.inference import load_for_inference
-
-    trained = load_for_inference(run)
-    model, config = trained.model, trained.config
-    data = config.data.model_copy(update={"modalities": ("text",)})
-    dense_model = config.model.model_copy(update={"recipe": "dense", "base": str(llama)})
-    dense = build_model(config.model_copy(update={"data": data, "model": dense_model}))
-    loader = Loader(config.model_copy(update={"data": data}), trained.tokenizer, "validation", 0, 1)
-    same, tokens = True, 0
-    with contextlib.closing(loader), torch.no_grad():
-        for batch in next(loader.iterate(0))[0]:
-            same &= torch.equal(model.text_logits(batch), dense.text_logits(batch))
-            tokens += batch.token_counts["text"]
-    return same, tokens

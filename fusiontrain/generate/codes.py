@@ -1,0 +1,128 @@
+"""Free generation with a model whose images are codes: text outside, exactly as many codes as an image has between BOI and EOI.
+
+Chameleon's own masking (arXiv 2405.09818, section 2): a model that may say anything anywhere says a code too few now and then, which no decoder of
+images can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fusiontrain.config.schema import Config
+from fusiontrain.data.tokenizer import Tokenizer
+from fusiontrain.generate.stream import Writing, check_fits, choose, evaluating, opening, read_tokens, write_text
+from fusiontrain.modality import IMAGE
+from fusiontrain.models.cache import KVCache
+from fusiontrain.models.fusion import FusionModel
+from fusiontrain.utils.errors import UserError
+
+Piece = str | np.ndarray
+"""Text, or the codes of an image [n] int64."""
+
+
+@dataclass(frozen=True)
+class CodeSpace:
+    """Where codes stand in the vocabulary: `size` ids from `first_id` on; and how many an image has."""
+
+    first_id: int
+    size: int
+    per_image: int
+
+
+def code_space(config: Config, tokenizer: Tokenizer) -> CodeSpace:
+    """Of a model that was trained with `config`, where a code stands for `data.image.patch_size` x `patch_size` pixels of a square picture of
+    `data.image.size`. Raises UserError where its images are no codes."""
+    image = config.data.image
+    if image.representation != "codes" or image.codebook_size is None:
+        raise UserError(f"data.image.representation={image.representation}: this model writes no codes; sample it as one that paints")
+    return CodeSpace(tokenizer.vocab_size, image.codebook_size, (image.size // image.patch_size) ** 2)
+
+
+def write_codes(
+    model: FusionModel, cache: KVCache, logits: torch.Tensor, codes: CodeSpace, writing: Writing, row_numbers: Sequence[int], first_place: int = 0
+) -> torch.Tensor:
+    """The image of every row whose last token is BOI and whose logits [B, V] are behind it -> codes [B, n] int64, which the cache then holds."""
+    written = []
+    for place in range(first_place, first_place + codes.per_image):
+        written.append(choose(logits[:, codes.first_id : codes.first_id + codes.size].float(), writing, row_numbers, place))
+        tokens = torch.tensor(written[-1], device=logits.device)[:, None] + codes.first_id
+        logits = model.decode_text(tokens, cache, modality=IMAGE.id)[:, 0]
+    return torch.tensor(written).reshape(codes.per_image, -1).T
+
+
+def paint_codes(
+    model: FusionModel, tokenizer: Tokenizer, prompts: Sequence[str], *, codes: CodeSpace, writing: Writing, context: int | None = None
+) -> torch.Tensor:
+    """One image per prompt, [B, n] int64. Raises UserError for a prompt that does not fit the context with its image."""
+    rows = [[*opening(tokenizer), *tokenizer.encode(prompt), tokenizer.begin_image_id] for prompt in prompts]
+    for number, row in enumerate(rows):
+        check_fits(len(row) + codes.per_image, context, f"prompt {number + 1} with its picture")
+    with evaluating(model):
+        cache = model.new_cache(len(rows), max(map(len, rows)) + codes.per_image)
+        return write_codes(model, cache, read_tokens(model, cache, rows), codes, writing, range(len(rows)))
+
+
+def write_document(
+    model: FusionModel, tokenizer: Tokenizer, prompt: Sequence[Piece], *, codes: CodeSpace, writing: Writing, max_images: int, context: int
+) -> list[Piece]:
+    """Continue one document of texts and images -> the new pieces in reading order.
+
+    Text goes on until EOS, or until BOI, which exactly `codes.per_image` codes and EOI follow. `writing.max_new_tokens` bounds the text of the whole
+    document, `max_images` its new images, `context` all of it in tokens: an image that would not fit is not begun. Raises UserError for an empty
+    prompt, one that does not fit, and images of another number of codes.
+    """
+    produced: list[Piece] = []
+    with evaluating(model):
+        cache = model.new_cache(1, context)
+        logits = _read_prompt(model, tokenizer, cache, prompt, codes, context)
+        num_written = num_images = place = 0
+        while True:
+            # An image costs BOI, its codes and EOI, and one place for the token after it. While one may come, its places are kept free.
+            may_paint = num_images < max_images and _room(cache, context) >= codes.per_image + 3
+            room = _room(cache, context) - (codes.per_image + 2 if may_paint else 0)
+            limited = replace(writing, max_new_tokens=min(writing.max_new_tokens - num_written, room))
+            stop_ids = [tokenizer.end_text_id, *([tokenizer.begin_image_id] if may_paint else [])]
+            written = write_text(model, tokenizer, cache, logits, limited, stop_ids=stop_ids, row_numbers=[0], first_place=place)
+            num_written, place = num_written + len(written.tokens[0]), place + len(written.tokens[0]) + 1
+            if written.tokens[0]:
+                produced.append(tokenizer.decode(written.tokens[0]).strip())
+            if written.ended_by[0] != tokenizer.begin_image_id:
+                return produced
+            logits = read_tokens(model, cache, [[tokenizer.begin_image_id]])
+            image = write_codes(model, cache, logits, codes, writing, [0], first_place=place)
+            produced.append(image[0].numpy())
+            logits = read_tokens(model, cache, [[tokenizer.end_image_id]])
+            num_images, place = num_images + 1, place + codes.per_image
+
+
+def _room(cache: KVCache, context: int) -> int:
+    return context - int(cache.lengths[0])
+
+
+def _read_prompt(
+    model: FusionModel, tokenizer: Tokenizer, cache: KVCache, prompt: Sequence[Piece], codes: CodeSpace, context: int
+) -> torch.Tensor:
+    """Logits [1, V] behind a prompt, which the cache of one row then holds."""
+    encoded = [tokenizer.encode(piece) if isinstance(piece, str) else piece for piece in prompt]
+    for piece in encoded:
+        if isinstance(piece, np.ndarray) and (piece.shape != (codes.per_image,) or piece.min() < 0 or piece.max() >= codes.size):
+            raise UserError(f"an image of a prompt must be {codes.per_image} codes from 0 to {codes.size - 1}, not {piece.dtype} {list(piece.shape)}")
+    pending, logits = opening(tokenizer), None
+    needed = len(pending) + sum(len(piece) + 2 * isinstance(piece, np.ndarray) for piece in encoded)
+    check_fits(needed + 1, context, "the prompt")
+    for piece in encoded:
+        if isinstance(piece, np.ndarray):
+            read_tokens(model, cache, [[*pending, tokenizer.begin_image_id]])
+            read_tokens(model, cache, [(codes.first_id + piece).tolist()], modality=IMAGE.id)
+            pending = [tokenizer.end_image_id]
+        else:
+            pending = [*pending, *piece]
+    if pending:
+        logits = read_tokens(model, cache, [pending])
+    if logits is None:
+        raise UserError("a document needs a prompt: give it at least one text or picture")
+    return logits

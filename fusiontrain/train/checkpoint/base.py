@@ -1,0 +1,71 @@
+"""`checkpoint.frozen: copy`: the folder of the base model, whole, inside every checkpoint, so that nothing needs the original any more.
+
+The first checkpoint of a run copies it; those after it link to the files of the one before, which takes neither time nor room.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fusiontrain.config.schema import Config
+from fusiontrain.train.checkpoint.durable import seal, sync
+from fusiontrain.train.checkpoint.folders import list_checkpoints, resume_candidates
+from fusiontrain.train.checkpoint.manifest import read_manifest
+from fusiontrain.utils.errors import UserError
+
+BASE = "base"
+"""Name of the folder in a checkpoint."""
+
+PATTERNS = ("*.json", "*.safetensors")
+"""Shape, tokenizer and weights of a Hugging Face folder."""
+
+
+def copy_base(base: Path, checkpoint: Path) -> dict[str, Any]:
+    """Put the folder `base` into a checkpoint that is being written; returns what its manifest says of the files. Raises OSError."""
+    target = checkpoint / BASE
+    target.mkdir()
+    entries = _link_earlier(checkpoint)
+    if not entries:
+        files = [path for pattern in PATTERNS for path in sorted(base.glob(pattern))]
+        copies = [Path(shutil.copyfile(path, target / path.name)) for path in files]
+        entries = {f"{BASE}/{name}": entry for name, entry in seal(copies).items()}
+    sync(target)
+    return entries
+
+
+def find_copy(checkpoint: Path) -> Path | None:
+    """The base's folder in a complete checkpoint, if it holds one."""
+    folder = checkpoint / BASE
+    return folder if folder.is_dir() else None
+
+
+def with_base(config: Config) -> Config:
+    """`config`, its base taken from the checkpoint that it resumes from where the original folder is gone; as it is where there is no such copy."""
+    if config.model.base is None or Path(config.model.base).is_dir():
+        return config
+    candidates = resume_candidates(config.checkpoint.resume, Path(config.run.dir) / "checkpoints")
+    copies = [copy for checkpoint in candidates if (copy := find_copy(checkpoint)) is not None]
+    return replace_base(config, copies[0]) if copies else config
+
+
+def replace_base(config: Config, folder: Path) -> Config:
+    """`config` with its base in another folder."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"base": str(folder)})})
+
+
+def _link_earlier(checkpoint: Path) -> dict[str, Any]:
+    """Link the copy of the newest complete checkpoint, and return its entries; empty where there is none or links are not possible."""
+    for earlier in list_checkpoints(checkpoint.parent)[::-1][:1]:
+        try:
+            entries = {name: entry for name, entry in read_manifest(earlier)["files"].items() if name.startswith(f"{BASE}/")}
+            for name in entries:
+                os.link(earlier / name, checkpoint / name)
+        except (OSError, UserError):  # no links on this disk, or a damaged checkpoint: copy anew
+            for path in (checkpoint / BASE).iterdir():
+                path.unlink()
+            return {}
+        return entries
+    return {}

@@ -1,0 +1,99 @@
+"""The checkpoints of a run as folders: which are complete, which one to resume from, which may go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from fusiontrain.train.checkpoint.durable import sync
+from fusiontrain.train.checkpoint.manifest import MANIFEST, read_manifest
+from fusiontrain.train.retention import Retention, superfluous
+from fusiontrain.utils.errors import UserError
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest step first. Unfinished and set-aside ones are not among them."""
+    if not checkpoints.is_dir():
+        return []
+    folders = [path for path in checkpoints.iterdir() if STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(folders, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = STEP_FOLDER.fullmatch(checkpoint.name)
+    if match is None:
+        raise UserError(f"{checkpoint}: is not a checkpoint: give a folder named step-00000100 with a {MANIFEST}")
+    return int(match.group(1))
+
+
+def resume_candidates(resume: str, checkpoints: Path) -> list[Path]:
+    """What `resume` (auto, none, or a folder) means for a run whose checkpoints lie in `checkpoints`, best first; empty = start anew."""
+    if resume == "none":
+        return []
+    if resume == "auto":
+        return list_checkpoints(checkpoints)[::-1]
+    path = Path(resume)
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path}: no complete checkpoint there ({MANIFEST} is missing): give a folder such as {checkpoints}/step-00000100")
+    return [path]
+
+
+def set_aside_newer(checkpoints: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps than `step` to `*.stale`, and return them.
+
+    A run that goes back leaves the future it had; without this, the next `--resume auto` would jump into it.
+    """
+    stale = []
+    for path in list_checkpoints(checkpoints):
+        if checkpoint_step(path) > step:
+            target = path.with_name(path.name + ".stale")
+            shutil.rmtree(target, ignore_errors=True)
+            stale.append(path.rename(target))
+    return stale
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a finished folder its name, in one step; a checkpoint of the same step is replaced."""
+    sync(partial)
+    if final.exists():
+        replaced = final.with_name(final.name + ".replaced.tmp")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        partial.rename(final)
+    sync(final.parent)
+
+
+def prune(checkpoints: Path, keep: Retention, dry_run: bool = False) -> list[Path]:
+    """Delete the checkpoints that `keep` has no reason for, and return them. A folder loses its name first, so it is never half there."""
+    numbered = [(checkpoint_step(path), path) for path in list_checkpoints(checkpoints)]
+    gone = superfluous(numbered, keep, _metrics_of)
+    if not dry_run:
+        for path in gone:
+            shutil.rmtree(path.rename(path.with_name(path.name + ".tmp")), ignore_errors=True)
+    return gone
+
+
+def clear_leftovers(checkpoints: Path) -> None:
+    """Delete what saves and deletions left behind that did not end. Only a run that is not saving may call this."""
+    for path in checkpoints.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _metrics_of(checkpoint: Path) -> Mapping[str, float]:
+    try:
+        return read_manifest(checkpoint)["metrics"]
+    except UserError:  # damaged: no reason to keep it, and none to end the run
+        return {}

@@ -1,0 +1,175 @@
+"""How fast checkpoints are saved and loaded, against plain writes and reads of the same bytes; how long a save stalls training; what memory it takes.
+
+    python tests/benchmarks/checkpoint_speed.py [--mib 1024] [--repeats 5] [--step-seconds 2] [--folder DIR]
+
+One process. Plain writing is open, write and fsync of every tensor's bytes into one new file; plain reading is one pass through a buffer, of a file
+that was put out of the page cache before each pass, as the checkpoint's are. The best of `--repeats` of each, taken in turns, so that what else
+the machine does falls on both alike; the stall is of a loop whose every step computes for `--step-seconds` before the optimizer changes everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fusiontrain.parallel.mesh import Ranks
+from fusiontrain.testing.configs import tiny_config
+from fusiontrain.train.checkpoint import load_checkpoint
+from fusiontrain.train.saving import Saver
+from fusiontrain.train.state import TrainState, optimizer_tensors
+
+TENSOR_ELEMENTS = 4 << 20
+
+
+class Run:
+    """Parameters with AdamW's state, `mib` in all, and their saver."""
+
+    def __init__(self, folder: Path, mib: int, asynchronous: bool) -> None:
+        count = max(1, mib * 2**20 // (3 * 4 * TENSOR_ELEMENTS))
+        self.parameters = {f"weight.{number}": torch.nn.Parameter(torch.randn(TENSOR_ELEMENTS)) for number in range(count)}
+        self.optimizer = torch.optim.AdamW(self.parameters.values())
+        self.model = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        self.tensors = {"model": self.model, "optimizer": optimizer_tensors(self.optimizer, self.parameters)}
+        for moment in (tensor for name, tensor in self.tensors["optimizer"].items() if tensor.ndim):
+            moment.uniform_()
+        config = tiny_config({"run.dir": str(folder), "checkpoint.asynchronous": asynchronous, "checkpoint.keep_last": 1})
+        self.saver = Saver(config, Ranks(), self.tensors, {}, self.optimizer, lambda text: None)
+        self.checkpoints = folder / "checkpoints"
+
+    def all(self) -> list[torch.Tensor]:
+        return [tensor for part in self.tensors.values() for tensor in part.values()]
+
+    def step(self, seconds: float) -> None:
+        """A forward and backward that reads the weights, gradients, and an update."""
+        ends = time.perf_counter() + seconds
+        while time.perf_counter() < ends:
+            for parameter in self.parameters.values():
+                torch.dot(parameter.detach(), parameter.detach())
+        for parameter in self.parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def timed(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def write_plainly(tensors: list[torch.Tensor], path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with path.open("wb", buffering=0) as file:
+        for tensor in tensors:
+            view = memoryview(tensor.view(-1).numpy()).cast("B")
+            for first in range(0, len(view), 1 << 20):
+                file.write(view[first : first + (1 << 20)])
+        os.fsync(file.fileno())
+
+
+def read_plainly(path: Path) -> None:
+    buffer = bytearray(1 << 22)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def forget(folder: Path) -> None:
+    """Put files out of the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def speed(folder: Path, mib: int, repeats: int) -> dict[str, float]:
+    """Best times in seconds."""
+    run, plain = Run(folder, mib, False), folder / "plain"
+    times: dict[str, list[float]] = {name: [] for name in ("plain write", "save", "plain read", "load")}
+    for step in range(1, repeats + 1):
+        times["plain write"].append(timed(lambda: write_plainly(run.all(), plain)))
+        times["save"].append(timed(lambda step=step: run.saver.save(TrainState(step=step), {})))
+        forget(folder)
+        times["plain read"].append(timed(lambda: read_plainly(plain)))
+        times["load"].append(timed(lambda step=step: load_checkpoint(run.checkpoints / f"step-{step:08d}", run.tensors, Ranks())))
+    return {name: min(values) for name, values in times.items()}
+
+
+def stall(folder: Path, mib: int, repeats: int, step_seconds: float) -> dict[str, float]:
+    """Median stall of a save in the loop, by mode, and peak memory."""
+    found = {}
+    for asynchronous in (False, True):
+        run = Run(folder / str(asynchronous), mib, asynchronous)
+        stalls = []
+        for step in range(1, repeats + 1):
+            run.saver.save(TrainState(step=step), {})
+            run.step(step_seconds)
+            run.step(step_seconds)
+            run.saver.wait()
+            stalls.append(run.saver.look()[1])
+        run.saver.close()
+        found["stall, asynchronous" if asynchronous else "stall, synchronous"] = sorted(stalls)[len(stalls) // 2]
+    return found
+
+
+def peak_mib(mib: int, mode: str) -> float:
+    """Most memory of a process that takes three steps and, unless `mode` is none, saves after each."""
+    command = [sys.executable, __file__, "--mib", str(mib), "--peak", mode]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak(folder: Path, mib: int, mode: str) -> None:
+    run = Run(folder, mib, mode == "asynchronous")
+    for step in range(1, 4):
+        run.step(0.2)
+        if mode != "none":
+            run.saver.save(TrainState(step=step), {})
+    run.step(0.2)
+    run.saver.close()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--step-seconds", type=float, default=2.0)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's for temporary files")
+    parser.add_argument("--peak", choices=("none", "synchronous", "asynchronous"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        if args.peak:
+            print_peak(folder, args.mib, args.peak)
+            return
+        (folder / "speed").mkdir()
+        best = speed(folder / "speed", args.mib, args.repeats)
+        for name, seconds in best.items():
+            print(f"{name:20s} {seconds:7.3f} s {args.mib / seconds:8.0f} MiB/s")
+        print(f"save: {best['plain write'] / best['save']:.0%} of plain writing; load: {best['plain read'] / best['load']:.0%} of plain reading")
+        shutil.rmtree(folder / "speed")
+        stalls = stall(folder, args.mib, args.repeats, args.step_seconds)
+        for name, seconds in stalls.items():
+            print(f"{name:20s} {seconds:7.3f} s")
+        print(f"asynchronous: {stalls['stall, asynchronous'] / stalls['stall, synchronous']:.1%} of the synchronous stall")
+        peaks = {mode: peak_mib(args.mib, mode) for mode in ("none", "synchronous", "asynchronous")}
+        print("peak memory: " + ", ".join(f"{mode} {peak:.0f} MiB ({peak / peaks['none']:.1%})" for mode, peak in peaks.items()))
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

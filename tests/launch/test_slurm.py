@@ -1,0 +1,139 @@
+"""A run on a real Slurm of one machine and two nodes: preempted, requeued, told of its time limit, cancelled, and it always goes on where it was.
+
+Runs where Slurm is installed; `tests/launch/mini_slurm.sh install` does that on Debian and Ubuntu.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MINI_SLURM = ROOT / "tests" / "launch" / "mini_slurm.sh"
+CONFIG = ROOT / "configs" / "debug" / "lmfusion.yaml"
+PATIENCE_SECONDS = 150
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("slurmctld") is None or shutil.which("slurmd") is None, reason="Slurm is not installed: tests/launch/mini_slurm.sh install"
+    ),
+]
+
+
+class Cluster:
+    """The Slurm of this module and the folder that its jobs run in."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+
+    def call(self, *command: str) -> str:
+        result = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    def launch(self, run: str, *more: str) -> dict:
+        line = ("launch", "slurm", str(CONFIG), f"run.dir={run}", "--nodes=2", "--gpus-per-node=0", "--procs-per-node=1", "--json", *more)
+        return json.loads(self.call(sys.executable, "-m", "fusiontrain", *line))
+
+    def preempt(self) -> None:
+        self.call("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+    def state(self, job: int) -> str:
+        return re.search(r"JobState=(\S+)", self.call("scontrol", "show", "job", str(job))).group(1)
+
+    def log(self, run: str, job: int) -> str:
+        path = self.folder / run / "slurm" / "logs" / f"job-{job}.log"
+        return path.read_text() if path.is_file() else ""
+
+    def wait(self, what, log) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not what():
+            assert time.monotonic() < deadline, log()
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cluster")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
+        "PORT": str(27000 + os.getpid() % 500 * 4), "KILL_WAIT": "30", "GRACE": "60", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+    }
+    subprocess.run([MINI_SLURM, "start", folder / "slurm", "2"], env=environment, check=True, timeout=60)
+    try:
+        yield Cluster(folder, {**environment, "SLURM_CONF": str(folder / "slurm" / "slurm.conf")})
+    finally:
+        subprocess.run([MINI_SLURM, "stop", folder / "slurm"], check=True, timeout=60)
+
+
+def steps_of(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+
+
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    return [(values["step"], values["loss"]) for values in steps_of(run)]
+
+
+def test_an_interrupted_run_has_the_losses_of_one_that_was_not(cluster):
+    settings = ["train.steps=90", "checkpoint.every_steps=1000", "evaluate.every_steps=1000", "sample.every_steps=1000"]
+    job = cluster.launch("interrupted", *settings)["job"]
+    interruptions = {
+        "preempted": cluster.preempt,
+        "requeued": lambda: cluster.call("scontrol", "requeue", str(job)),
+        "time limit": lambda: cluster.call("scancel", "--batch", "--signal=USR1", str(job)),
+    }
+    run, starts = cluster.folder / "interrupted", 1
+    for interrupt in interruptions.values():
+        done = len(steps_of(run))
+        cluster.wait(lambda done=done: len(steps_of(run)) > done + 2, lambda: cluster.log("interrupted", job))
+        interrupt()
+        starts += 1
+        cluster.wait(lambda number=starts: f"start {number}: on" in cluster.log("interrupted", job), lambda: cluster.log("interrupted", job))
+    cluster.wait(lambda: cluster.state(job) == "COMPLETED", lambda: cluster.log("interrupted", job))
+    log = cluster.log("interrupted", job)
+    assert re.findall(r"(preempted|time limit), at step \d+ of 90: requeued", log) == ["preempted", "time limit"]
+    began = [int(step) for step in re.findall(r"start \d: on n\[1-2\], from step (\d+) of 90", log)]
+    assert len(began) == 4 and began[0] == 0 and began == sorted(set(began)), "every start goes on from a later checkpoint"
+    assert (run / "slurm" / "logs" / f"job-{job}-0" / "node-1").is_dir()
+
+    again = cluster.launch("interrupted", *settings)
+    assert again["job"] is None and again["step"] == 90
+    reference = cluster.launch("reference", *settings)["job"]
+    cluster.wait(lambda: cluster.state(reference) == "COMPLETED", lambda: cluster.log("reference", reference))
+    assert losses_of(run) == losses_of(cluster.folder / "reference")
+    assert [step for step, _ in losses_of(run)] == list(range(1, 91))
+
+
+def test_a_cancelled_job_stays_cancelled_and_the_same_line_resumes_it(cluster):
+    settings = ["train.steps=1000", "checkpoint.every_steps=1000", "evaluate.every_steps=1000"]
+    job = cluster.launch("cancelled", *settings)["job"]
+    cluster.wait(lambda: len(steps_of(cluster.folder / "cancelled")) > 2, lambda: cluster.log("cancelled", job))
+    busy = subprocess.run(
+        [sys.executable, "-m", "fusiontrain", "launch", "slurm", str(CONFIG), "run.dir=cancelled", *settings, "--nodes=2", "--gpus-per-node=0", "--procs-per-node=1"],
+        cwd=cluster.folder, env=cluster.environment, capture_output=True, text=True,
+    )
+    assert busy.returncode == 2 and f"its job {job} is RUNNING" in busy.stderr
+    cluster.call("scancel", str(job))
+    cluster.wait(lambda: cluster.call("squeue", "--noheader") == "", lambda: cluster.log("cancelled", job))
+    assert cluster.state(job) == "CANCELLED"
+    again = cluster.launch("cancelled", *settings)
+    assert again["job"] != job and again["step"] >= 3
+    cluster.wait(lambda: f"from step {again['step']} of 1000" in cluster.log("cancelled", again["job"]), lambda: cluster.log("cancelled", again["job"]))
+    cluster.call("scancel", str(again["job"]))
+
+
+def test_a_run_that_cannot_get_further_is_not_requeued(cluster):
+    job = cluster.launch("broken", "optimizer.learning_rate=1e30", "train.max_skipped_in_a_row=1")["job"]
+    cluster.wait(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), lambda: cluster.log("broken", job))
+    assert cluster.state(job) == "FAILED"
+    assert "without a new checkpoint, at step 0 of 40: not requeued" in cluster.log("broken", job)

@@ -1,0 +1,139 @@
+"""Chameleon against Hugging Face's own on random weights, and dropout that nothing but its keys decides."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fusiontrain.data.collate import collate
+from fusiontrain.models.build import build_model
+from fusiontrain.models.layers.dropout import keyed_dropout
+from fusiontrain.models.llama_weights import export_llama
+from fusiontrain.testing.configs import tiny_config
+from fusiontrain.testing.documents import batch_of, document
+from fusiontrain.types import PackedSequence
+from fusiontrain.utils.errors import UserError
+
+BOI, EOI, FIRST_CODE, CODEBOOK = 258, 259, 260, 20
+VOCAB = FIRST_CODE + CODEBOOK
+SHAPE = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
+CODES = [FIRST_CODE + i * 7 % CODEBOOK for i in range(12)]
+TOKENS = [[256, 72, 101, BOI, *CODES[:6], EOI, 9, 257], [256, BOI, *CODES[4:], EOI, 33, 34, 257]]
+
+
+def chameleon_config(**overrides):
+    codes = {"data.image": {"representation": "codes", "codebook_size": CODEBOOK}, "model.vocab_size": VOCAB}
+    return tiny_config({"model.recipe": "chameleon", **codes, **overrides})
+
+
+def documents() -> list:
+    one, two = TOKENS
+    return [
+        document(one[:4], ("codes", *CODES[:6]), one[10:], seed=1),
+        document(two[:2], ("codes", *CODES[4:]), two[10:], seed=2),
+    ]
+
+
+def write_chameleon(folder, swin_norm: bool) -> None:
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+    names = {f"IMGIMG{'ABCDEFGHIJ'[i % 10]}{'ABCDEFGHIJ'[i // 10]}Z": FIRST_CODE + i for i in range(CODEBOOK)}
+    maker = {"embed_dim": 8, "num_embeddings": CODEBOOK, "base_channels": 32, "latent_channels": 8, "resolution": 32, "channel_multiplier": [1]}
+    config = ChameleonConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, swin_norm=swin_norm,
+        vocabulary_map={"<image>": 7, **names}, vq_config={**maker, "num_res_blocks": 1, "attn_resolutions": []}, initializer_range=0.2,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    model = ChameleonForConditionalGeneration(config).float()
+    with torch.no_grad():  # fresh norms are ones and zeros, which hide what is applied where
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("swin_norm", [False, True], ids=["7B", "34B"])
+def test_logits_equal_those_of_hugging_face_on_text_and_codes(tmp_path, swin_norm):
+    from transformers import ChameleonForConditionalGeneration
+
+    write_chameleon(tmp_path, swin_norm)
+    theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    config = chameleon_config(**dict.fromkeys(f"model.{name}" for name in SHAPE), **{"model.base": str(tmp_path)})
+    model = build_model(config)
+    assert (model.shape.norm_position, model.shape.qk_norm) == ("post" if swin_norm else "pre", "layer")
+    batch = batch_of(documents(), config)
+    logits = model.text_logits(batch)
+    for number, tokens in enumerate(TOKENS):
+        (rows,) = (batch.doc_ids == number).nonzero(as_tuple=True)
+        rows = rows[batch.order_ids[rows].argsort()]
+        assert batch.token_ids[rows].tolist() == tokens
+        with torch.no_grad():
+            expected = theirs(input_ids=torch.tensor([tokens])).logits[0]
+            hidden = theirs.model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+        torch.testing.assert_close(logits[rows][:, :FIRST_CODE], expected[:, :FIRST_CODE], atol=1e-5, rtol=1e-5)
+        # Theirs never says a code: its logits are masked behind the head.
+        torch.testing.assert_close(logits[rows], hidden @ theirs.lm_head.weight.T, atol=1e-5, rtol=1e-5)
+
+
+def test_a_chameleon_is_no_llama(tmp_path):
+    for overrides in ({"model.norm_position": "post"}, {"model.qk_norm": "layer"}):
+        with pytest.raises(UserError, match="cannot be written as one"):
+            export_llama(build_model(chameleon_config(**overrides)), str(tmp_path))
+
+
+def test_losses_are_told_apart_by_what_is_predicted_and_add_up_to_one_mean_over_all_tokens():
+    config = chameleon_config()
+    model, batch = build_model(config), batch_of(documents(), config)
+    terms = model(batch)
+    logits = model.text_logits(batch)
+    wanted = batch.labels >= 0
+    losses = torch.nn.functional.cross_entropy(logits[wanted], batch.labels[wanted], reduction="none")
+    is_code = batch.labels[wanted] >= FIRST_CODE
+    assert int(terms["image"].count) == len(CODES[:6]) + len(CODES[4:]) and int(terms["text"].count) == int((~is_code).sum())
+    torch.testing.assert_close(terms["image"].sum, losses[is_code].sum())
+    torch.testing.assert_close(terms["text"].sum, losses[~is_code].sum())
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share_of_every_row_and_feature():
+    x = torch.ones(2000, 30)
+    dropped = keyed_dropout(x, torch.arange(2000), 3, 0.25)
+    kept = dropped != 0
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 4 / 3], rel=1e-4)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert (kept.float().mean(0) - 0.75).abs().max() < 0.06  # 6 standard deviations of 2000 draws
+    assert (kept.float().mean(1) - 0.75).abs().max() < 0.45
+    correlation = torch.corrcoef(kept.T.float()) - torch.eye(30)
+    assert correlation.abs().max() < 0.12, "features of a row are dropped independently"
+    other = keyed_dropout(x, torch.arange(2000), 4, 0.25) != 0
+    assert (kept == other).float().mean().item() == pytest.approx(0.75**2 + 0.25**2, abs=0.02), "places are independent"
+
+
+def in_reading_order(values, batch, number):
+    (rows,) = (batch.doc_ids == number).nonzero(as_tuple=True)
+    return values[rows[batch.order_ids[rows].argsort()]]
+
+
+def test_what_is_dropped_of_a_token_does_not_depend_on_what_lies_beside_its_sequence():
+    config = chameleon_config(**{"model.dropout": 0.3})
+    model = build_model(config)
+    one, two = (PackedSequence((found,), 96, key) for found, key in zip(documents(), (11, 12), strict=True))
+    alone, together = collate([two], config.data), collate([one, two], config.data)
+    hidden = [model._hidden(batch, drops=True)[1] for batch in (alone, together)]
+    torch.testing.assert_close(in_reading_order(hidden[0], alone, 0), in_reading_order(hidden[1], together, 1))
+    plain = model._hidden(alone)[1]
+    assert not torch.allclose(in_reading_order(hidden[0], alone, 0), in_reading_order(plain, alone, 0), atol=1e-2)
+
+
+def test_dropout_is_for_training_alone_and_another_key_drops_others():
+    config = chameleon_config(**{"model.dropout": 0.3})
+    model, batch = build_model(config), batch_of(documents(), config)
+    losses = [model(batch)["text"].sum.item() for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert model(dataclasses.replace(batch, row_keys=batch.row_keys + 5))["text"].sum.item() != losses[0]
+    still = build_model(chameleon_config())
+    assert model.eval()(batch)["text"].sum.item() == still(batch)["text"].sum.item() != losses[0]

@@ -1,0 +1,95 @@
+"""Studies: every one's trainings have a config that stands, and one is carried out, stopped and taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from fusiontrain.cli.main import main
+from fusiontrain.config.load import load
+from fusiontrain.studies.child import find_config, read_metrics
+from fusiontrain.studies.report import markdown, shown
+from fusiontrain.studies.run import CONFIG, Work
+from fusiontrain.studies.study import Expectation, Scale, Study, Variant, judge_expectations
+from fusiontrain.studies.tables import SCALES, STUDIES
+
+TINIEST = Scale(
+    "tiniest",
+    200,
+    2,
+    ("train.steps=3", "optimizer.warmup_steps=0", "checkpoint.every_steps=1", "evaluate.every_steps=3", "evaluate.batches=1", "sample.steps=2"),
+    ("train.steps=2", "optimizer.warmup_steps=0", "evaluate.batches=1"),
+)
+STUDY = Study(
+    name="a-study",
+    title="Two paces",
+    source="nowhere",
+    variants=(Variant("frozen", ("optimizer.learning_rate=0.001",)), Variant("learning", ("model.freeze_text=false",))),
+    columns=("loss/image", "validation/text", "slope/image", "text drift", "step time"),
+    expectations=(Expectation("frozen text stays", lambda v: v["frozen"]["text drift"] == 0 != v["learning"]["text drift"]),),
+    published_columns=("a figure",),
+    published={"frozen": ("12.5",)},
+    baseline="frozen",
+)
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES.keys())
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
+def test_every_variant_is_a_config_that_stands_and_differs_from_all_others(study, scale, tmp_path):
+    place = Work(study, scale, (), tmp_path, 1, 0, print, lambda *_: None)
+    configs = [load(find_config(CONFIG), place.settings(variant)) for variant in study.variants]
+    assert len({config.model_dump_json() for config in configs}) == len(configs) > 1
+    assert set(study.published) <= {variant.name for variant in study.variants}
+    assert all(len(figures) == len(study.published_columns) for figures in study.published.values())
+
+
+def test_expectations_say_when_they_cannot_tell():
+    def image_of(values):
+        return values["a"]["x"] < values["b"]["x"]
+
+    study = dataclasses.replace(STUDY, expectations=(Expectation("a < b", image_of),))
+    outcomes = [judge_expectations(study, {"a": {"x": 1.0}, "b": {"x": other}})[0][1] for other in (2.0, 0.5, None)]
+    assert outcomes == [True, False, None]
+    assert judge_expectations(study, {"a": {"x": 1.0}})[0][1] is None
+
+
+def test_the_table_stands_beside_the_published_figures():
+    values = {"frozen": dict.fromkeys(STUDY.columns, 1.25), "learning": dict.fromkeys(STUDY.columns)}
+    text = markdown(STUDY, TINIEST, values, [("frozen text stays", False)], 3)
+    assert "| frozen | 1.250 | 1.250 | 1.250 | 1.250 | 1.250 | 12.5 |" in text
+    assert "| learning | - | - | - | - | - |  |" in text
+    assert "| frozen text stays | not seen |" in text
+    assert [shown(0.0), shown(1e-9)] == ["0", "0.000"]
+
+
+def test_a_study_is_carried_out_and_goes_on_where_it_stopped(tmp_path):
+    said: list[str] = []
+    work = Work(STUDY, TINIEST, (), tmp_path, 1, 0, said.append, lambda *_: None)
+    first = dataclasses.replace(STUDY, variants=STUDY.variants[:1])
+    cut = dataclasses.replace(work, study=first, overrides=("train.steps=2", "evaluate.every_steps=2"))
+    assert cut.run()["steps"] == {"frozen": 2}
+    report = work.run()
+    assert report["steps"] == {"frozen": 3, "learning": 3}
+    assert "frozen: training from step 2 on" in said
+    values, folder = report["values"], work.folder
+    rows = {name: read_metrics(folder / name) for name in values}
+    assert [row["step"] for row in rows["frozen"]] == [1, 2, 3]
+    assert values["frozen"]["loss/image"] == rows["frozen"][-1]["loss/image"]
+    assert values["frozen"]["text drift"] == 0 and abs(values["learning"]["text drift"]) > 1e-6
+    assert values["frozen"]["step time"] == 1.0
+    assert report["expectations"] == [{"expected": "frozen text stays", "seen": True}]
+    assert json.loads((folder / "table.json").read_text())["values"] == values
+    assert (folder / "curves.png").stat().st_size > 10_000
+    said.clear()
+    assert work.run()["values"] == values
+    assert said == ["measuring"], "what is done is not done again"
+
+
+def test_the_command_names_its_tables_and_refuses_others(capsys):
+    assert main(["reproduce", "--json"]) == 0
+    assert [row["table"] for row in json.loads(capsys.readouterr().out)["tables"]] == list(STUDIES)
+    assert main(["reproduce", "nothing"]) == 2
+    assert re.search(r"there is no table 'nothing' to reproduce: choose from lmfusion-ablation", capsys.readouterr().err)
