@@ -120,7 +120,8 @@ def sentence(waiting: Status, missing: Mapping[int, str]) -> str:
     at = f"{_where(waiting)}{collective}"
     others = {rank: text for rank, text in missing.items() if rank != waiting.rank}
     if not others:
-        return f"rank {waiting.rank} has been in {at} for {waiting.seconds:.0f} s"
+        network = "" if missing or not waiting.collective else ", and so have all others: is the network between them cut?"
+        return f"rank {waiting.rank} has been in {at} for {waiting.seconds:.0f} s{network}"
     words = "; ".join(f"rank {rank}, {text}" for rank, text in list(others.items())[:4])
     more = f"; and {len(others) - 4} more" if len(others) > 4 else ""
     return f"rank {waiting.rank} waited {waiting.seconds:.0f} s in {at} for {words}{more}"

@@ -55,7 +55,9 @@ def test_the_sentence_and_who_says_it() -> None:
     waiting = status(0, collective="gloo:all_gather number 3 of group 0")
     text = sentence(waiting, {1: "which is gone"})
     assert text == "rank 0 waited 9 s in forward and backward of step 7, gloo:all_gather number 3 of group 0 for rank 1, which is gone"
-    assert sentence(waiting, {0: "me"}).startswith("rank 0 has been in forward and backward of step 7")
+    assert sentence(waiting, {0: "me"}) == "rank 0 has been in forward and backward of step 7, gloo:all_gather number 3 of group 0 for 9 s"
+    assert sentence(waiting, {}).endswith("for 9 s, and so have all others: is the network between them cut?")
+    assert sentence(status(0, phase="data"), {}) == "rank 0 has been in data of step 7 for 9 s"
     assert sentence(waiting, dict.fromkeys(range(1, 9), "x")).endswith("rank 4, x; and 4 more")
     assert [speaker(3, missing) for missing in ([], [0], [0, 1], [0, 1, 2])] == [0, 1, 2, 0]
 
