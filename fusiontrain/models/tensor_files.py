@@ -26,7 +26,7 @@ SINGLE_FILE = "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_BYTES = 5 * 10**9
-BLOCK = 2**22
+BLOCK = 2**20
 """Numbers that are converted and written at once."""
 
 Read = Callable[[str], torch.Tensor]
