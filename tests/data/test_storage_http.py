@@ -128,7 +128,7 @@ def test_threads_a_slow_server_and_every_fault_in_turn_change_nothing(server):
     expected = tensors_of(loader_of(str(server.folder)), 12)
     faults = itertools.cycle(["503", "short", None, "reset", "whole", None, "other", "500", None, "429"])
     server.fault, server.latency_seconds = lambda number, path: next(faults), 0.005
-    assert tensors_of(loader_of(server.url + NAMES, **{"data.num_workers": 3, "data.storage.retries": 12}), 12) == expected
+    assert tensors_of(loader_of(server.url + NAMES, **{"data.num_workers": 3, "data.storage.retries": 40}), 12) == expected
 
 
 def test_reads_that_are_tried_again_hold_no_memory_of_batches_for_good(server):

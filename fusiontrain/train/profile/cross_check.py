@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from fusiontrain.modality import MODALITIES
+from fusiontrain.modality import table_of
 from fusiontrain.models import fusion
 from fusiontrain.models.flops import ATTENTION, flops_by_part
 from fusiontrain.models.fusion import FusionModel
@@ -50,6 +50,6 @@ def cross_check(trainer: Trainer, batch: Batch) -> dict[str, Any] | None:
         theirs = 2 * profiler.get_total_macs()
     free_gathered(model)
     bounds = batch.modality_bounds
-    with_padding = dataclasses.replace(batch, token_counts={m.name: bounds[m.id + 1] - bounds[m.id] for m in MODALITIES})
+    with_padding = dataclasses.replace(batch, token_counts={m.name: bounds[m.id + 1] - bounds[m.id] for m in table_of(batch.token_counts)})
     ours = sum(flops.forward for part, flops in flops_by_part(model, with_padding).items() if part.group != ATTENTION)
     return {"forward_flops": ours, "deepspeed_forward_flops": theirs, "ratio": ours / theirs if theirs else None}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from fusiontrain.modality import IMAGE, MODALITIES, TEXT
+from fusiontrain.modality import IMAGE, MODALITIES, TEXT, table_of
 from fusiontrain.models import fusion
 from fusiontrain.models.flops import ATTENTION, FEED_FORWARD, HEAD, PATCHER, PROJECTIONS
 from fusiontrain.models.fusion import FusionModel
@@ -137,7 +137,7 @@ class Scopes:
         if not torch.is_grad_enabled():
             return {TEXT.name: fixed}
         bounds = batch.modality_bounds
-        return {m.name: bounds[m.id + 1] - max(bounds[m.id], fixed * (m.id == TEXT.id)) for m in MODALITIES}
+        return {m.name: bounds[m.id + 1] - max(bounds[m.id], fixed * (m.id == TEXT.id)) for m in table_of(batch.token_counts)}
 
     def _by_rows(self, group: str) -> Shares:
         def shares() -> Call:
@@ -151,7 +151,8 @@ class Scopes:
 
         def shares() -> Call:
             rows = self._rows()
-            sizes = {m.name: [(num_products(w), w.weight.requires_grad) for w in _members(layers, m.id)] for m in MODALITIES}
+            present = [modality for modality in MODALITIES if modality.name in rows]
+            sizes = {m.name: [(num_products(w), w.weight.requires_grad) for w in _members(layers, m.id)] for m in present}
             forward = {name: float(count * sum(size for size, _ in sizes[name])) for name, count in rows.items()}
             backward = {name: float(count * sum(size * (1 + trained) for size, trained in sizes[name])) for name, count in rows.items()}
             return Call(group, forward, backward)
