@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fusiontrain.models.fusion import FusionModel
+from fusiontrain.train import step
 from fusiontrain.train.estimate.memory import MemoryTracker
 from fusiontrain.train.metrics import memory_gib
 from fusiontrain.train.trainer import Trainer
@@ -83,15 +84,15 @@ class MemoryWatch:
             hooks.append(block.register_forward_hook(after_block(number)))
         hooks.append(model.text_objective.register_forward_pre_hook(lambda *_: begin("losses")))
         hooks.append(model.register_forward_hook(lambda *_: begin(f"backward, behind block {last}")))
-        clip = torch.nn.utils.clip_grad_norm_
+        squared_norms = step.squared_norms
 
         def before_update(*args: Any, **kwargs: Any) -> Any:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             self._owned[GRADIENTS] = self._tracker.serials(gradients)
             begin(OPTIMIZER)
-            return clip(*args, **kwargs)
+            return squared_norms(*args, **kwargs)
 
-        with mock.patch.object(torch.nn.utils, "clip_grad_norm_", before_update):
+        with mock.patch.object(step, "squared_norms", before_update):
             yield
         for hook in hooks:
             hook.remove()

@@ -19,6 +19,7 @@ from fusiontrain.models.fusion import FusionModel
 from fusiontrain.models.layers import prefix
 from fusiontrain.models.layers.size import num_products
 from fusiontrain.models.layers.untied import UntiedLinear, UntiedRMSNorm
+from fusiontrain.train import step
 from fusiontrain.train import trainer as trainer_module
 from fusiontrain.train.profile.host import SCOPE
 from fusiontrain.train.profile.parts import (
@@ -73,7 +74,8 @@ class Scopes:
     def _name_trainer(self, undo: contextlib.ExitStack) -> None:
         trainer = self.trainer
         self._name(undo, Batch, "to", whole(TO_DEVICE))
-        self._name(undo, torch.nn.utils, "clip_grad_norm_", whole(OPTIMIZER))
+        self._name(undo, step, "squared_norms", whole(OPTIMIZER))
+        self._name(undo, step, "clip", whole(OPTIMIZER))
         if trainer.zero is None:
             self._name(undo, trainer.optimizer, "step", whole(OPTIMIZER))
             self._name(undo, trainer.optimizer, "zero_grad", whole(OPTIMIZER))
