@@ -10,7 +10,7 @@ import torch
 from fusiontrain.parallel.fsdp import DTYPES
 from fusiontrain.train.devices import find_peaks, peak_flops
 
-SIZE, REPEATS = 768, 5
+SIZE, REPEATS = 768, 60
 
 
 @dataclass(frozen=True)
