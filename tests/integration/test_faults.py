@@ -91,6 +91,20 @@ def test_a_rank_that_no_longer_runs_is_named_and_every_rank_reports_when_asked(t
     assert re.match(rf"rank 0 waited \d+ s in .* of step \d+, gloo:\w+ number \d+ of group 0 for rank 1, whose process {ranks[1]} on ", said)
 
 
+@pytest.mark.slow
+def test_two_hosts_train_as_one(tmp_path: Path) -> None:
+    """An agent and a rank in each of two network namespaces, with a cable between them; what a cut does takes a minute, and is in `make soak`."""
+    two = load("two_hosts")
+    try:
+        with two.two_hosts("probe"):
+            pass
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces are not permitted here: {error}")
+    found = two.train_on_two_hosts(tmp_path, 4)
+    shared_pool().run(train, 2, str(tmp_path / "config.yaml"), str(tmp_path / "one"), timeout_seconds=120)
+    assert found == two.losses(tmp_path / "one") and len(found) == 4
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 3 MB."""
