@@ -23,6 +23,7 @@ logs=()
 [ -z "${LOG_DIR:-}" ] || logs=(--log-dir "$LOG_DIR" --tee 3)
 # Ctrl-\ asks the ranks what they do; it must not end their agent.
 trap '' QUIT
+# fusiontrain.cli.agent is torchrun that also ends, a minute later, when the network to the rendezvous is cut; torchrun alone would hang.
 # `--` because torchrun would take the program's options for abbreviations of its own.
-exec python -m torch.distributed.run "${rendezvous[@]}" "${logs[@]}" --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" \
+exec python -m fusiontrain.cli.agent "${rendezvous[@]}" "${logs[@]}" --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2 -m -- fusiontrain train "$@"

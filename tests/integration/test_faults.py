@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ import pytest
 from fusiontrain.cli.main import main
 from fusiontrain.config.load import to_yaml
 from fusiontrain.testing.ranks import shared_pool
-from fusiontrain.testing.runs import trainer_of
+from fusiontrain.testing.runs import Recorder, trainer_of
 from fusiontrain.testing.training import world_config
+from fusiontrain.train.checkpoint import list_checkpoints, verify_checkpoint
 from fusiontrain.train.metrics import read_metrics
 
 SOAK = Path(__file__).parents[1] / "soak"
@@ -89,6 +91,20 @@ def test_a_rank_that_no_longer_runs_is_named_and_every_rank_reports_when_asked(t
     assert re.match(rf"rank 0 waited \d+ s in .* of step \d+, gloo:\w+ number \d+ of group 0 for rank 1, whose process {ranks[1]} on ", said)
 
 
+@pytest.mark.slow
+def test_two_hosts_train_as_one(tmp_path: Path) -> None:
+    """An agent and a rank in each of two network namespaces, with a cable between them; what a cut does takes a minute, and is in `make soak`."""
+    two = load("two_hosts")
+    try:
+        with two.two_hosts("probe"):
+            pass
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces are not permitted here: {error}")
+    found = two.train_on_two_hosts(tmp_path, 4)
+    shared_pool().run(train, 2, str(tmp_path / "config.yaml"), str(tmp_path / "one"), timeout_seconds=120)
+    assert found == two.losses(tmp_path / "one") and len(found) == 4
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 3 MB."""
@@ -130,3 +146,35 @@ def test_a_full_and_a_read_only_disk_end_a_run_with_one_sentence(tmp_path: Path,
     assert main(command) == 0
     assert f"from step {saved[-1]} to 20" in capsys.readouterr().err
     assert [line["step"] for line in read_metrics(small_disk / "run/metrics.jsonl")] == list(range(1, 21))
+
+
+def test_training_goes_on_while_storage_is_slow_and_the_next_save_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk does not acknowledge the save of step 2 before step 4 is done: a run that waits for it in step 3 would never get there."""
+    fsync, acknowledged, stood = os.fsync, threading.Event(), {}
+
+    def slow_fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "step-00000002.tmp" in path and not acknowledged.wait(60):
+            raise TimeoutError(path)
+        if found := re.search(r"step-0000000\d\.tmp", path):
+            stood.setdefault(found.group(), [path.name for path in list_checkpoints(tmp_path / "slow/checkpoints")])
+        fsync(descriptor)
+
+    def act(values) -> None:
+        if values["step"] == 4:
+            assert not list_checkpoints(tmp_path / "slow/checkpoints")
+            acknowledged.set()
+
+    config = {"train.steps": 6, "checkpoint.keep_last": 9, "sample.prompts": (), "evaluate.every_steps": None}
+    with trainer_of(world_config(tmp_path, {**config, "run.dir": str(tmp_path / "fast")})) as trainer:
+        trainer.run()
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    recorder = Recorder(act)
+    with trainer_of(world_config(tmp_path, {**config, "run.dir": str(tmp_path / "slow")}), recorder) as trainer:
+        trainer.run()
+    first, second, third = (f"step-0000000{step}" for step in (2, 4, 6))
+    assert stood == {f"{first}.tmp": [], f"{second}.tmp": [first], f"{third}.tmp": [first, second]}
+    assert [verify_checkpoint(path) for path in list_checkpoints(tmp_path / "slow/checkpoints")] == [[], [], []]
+    assert [event.split(" saved")[0] for event in recorder.events[1:]] == ["step 2:", "step 4:", "step 6:"]
+    fast, slow = ([(line["step"], line["loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("fast", "slow"))
+    assert fast == slow and len(slow) == 6

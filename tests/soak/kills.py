@@ -3,10 +3,11 @@
     python tests/soak/kills.py --kills 200 --ranks 1,2,4 --out runs/soak
 
 Per number of ranks, and once with a number that changes at every start: a reference run, then runs of the same configuration that are killed
-with SIGKILL (a rank, all ranks, torchrun's agent) or asked to stop with SIGTERM, while they start, in a step, in a save, or just after one,
-and go on, by torchrun's own restart or by starting the command again. After every kill the newest complete checkpoint must be no older than
-before, and the run must go on from it; in the end every line of metrics.jsonl must be there once, with the numbers of the reference: exactly,
-or within TOLERANCE where the number of ranks changed. Results are kept in OUT/state.json, and the next call goes on from there.
+with SIGKILL (a rank, all ranks, torchrun's agent) or asked to stop with SIGTERM, while they start, in a step, in a save, just after one, or
+when one is announced, and go on, by torchrun's own restart or by starting the command again. After every kill the newest complete checkpoint
+must be no older than before or than announced, and the run must go on from it; in the end every line of metrics.jsonl must be there once, with
+the numbers of the reference: exactly, or within TOLERANCE where the number of ranks changed. Results are kept in OUT/state.json, and the next
+call goes on from there.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ FINISHED = 48
 KINDS = {False: ("process", "process", "stop"), True: ("rank", "rank", "ranks", "agent", "agent", "stop")}
 """What is done, by whether there is an agent. stop: SIGTERM; all others: SIGKILL."""
 
-MOMENTS = ("start", "step", "step", "save", "save", "save", "saved")
+MOMENTS = ("start", "step", "step", "save", "save", "save", "saved", "announced")
 
 
 class Lost(AssertionError):
@@ -143,6 +144,11 @@ class Run:
         found = list_checkpoints(self.folder / "checkpoints")
         return checkpoint_step(found[-1]) if found else 0
 
+    def announced(self) -> int:
+        """The step of the last checkpoint that the run has called saved; 0 before the first."""
+        text = self.output.read_text(errors="replace") if self.output.exists() else ""
+        return max((int(step) for step in re.findall(r"^step (\d+): saved ", text, re.MULTILINE)), default=0)
+
     def unfinished(self) -> bool:
         return any((self.folder / "checkpoints").glob("step-????????.tmp"))
 
@@ -216,7 +222,7 @@ def disturb(run: Run, kind: str, moment: str, rng: random.Random, pick_ranks: Ca
         if run.ended_well():
             return None
         raise
-    workers, before, training = run.workers(), run.newest(), run.expected is None
+    workers, before, training = run.workers(), max(run.newest(), run.announced()), run.expected is None
     kill = Kill(run.ranks, kind, moment, before, run.unfinished())
     agent = [run.process.pid]
     targets = {"rank": rng.sample(workers, min(1, len(workers))), "ranks": workers}.get(kind, agent)
@@ -254,9 +260,11 @@ def await_moment(run: Run, moment: str, rng: random.Random) -> None:
     elif moment == "save":
         run.until(run.unfinished, "a save")
         time.sleep(rng.uniform(0, 0.05))
-    else:
+    elif moment == "saved":
         run.until(lambda: run.newest() > base, "a checkpoint")
         time.sleep(rng.uniform(0, 0.02))
+    else:
+        run.until(lambda: run.announced() > base, "the word of a checkpoint")
 
 
 def compare(reference: list[dict[str, Any]], found: list[dict[str, Any]], tolerance: float, name: Path) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fusiontrain.cli import train as command
 from fusiontrain.cli.main import main
+from fusiontrain.cli.reporters import PlainReporter
 from fusiontrain.config.load import to_yaml
 from fusiontrain.parallel.mesh import read_ranks
 from fusiontrain.testing.ranks import shared_pool
@@ -90,10 +90,10 @@ def test_all_ranks_leave_a_start_that_one_was_asked_to_leave(tmp_path: Path) -> 
 def test_a_signal_while_shards_are_indexed_ends_the_command_with_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def ask(self: command.PlainReporter, done: int, total: int) -> None:
+    def ask(self: PlainReporter, done: int, total: int) -> None:
         os.kill(os.getpid(), signal.SIGUSR2)
 
-    monkeypatch.setattr(command.PlainReporter, "indexing", ask)
+    monkeypatch.setattr(PlainReporter, "indexing", ask)
     (tmp_path / "config.yaml").write_text(to_yaml(world_config(tmp_path)))
     assert main(["train", str(tmp_path / "config.yaml"), "--json"]) == 0
     out, err = capsys.readouterr()
