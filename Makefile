@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint aot soak clean
+.PHONY: setup quickstart test test-slurm lint aot soak clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# A Slurm of two nodes on this machine, preempting, requeueing and cancelling real jobs: minutes. `tests/launch/mini_slurm.sh install` brings Slurm.
+test-slurm: $(STAMP)
+	FUSIONTRAIN_TEST_SLURM=1 $(BIN)/python -m pytest tests/launch/test_slurm.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@
 #   mini_slurm.sh start DIR [N]    N nodes (default 2), n1, n2, ...; everything that they write lies in DIR
 #   mini_slurm.sh stop DIR
 # After start: export SLURM_CONF=DIR/slurm.conf; then sinfo, sbatch and scontrol work. PORT is the first of N + 1 ports (default 26817).
+# WHILE_PID=ID stops it when that process has ended, however it ended.
 # Partitions: main, whose jobs are preempted with GRACE seconds of grace (default 10), and high, which preempts them.
 set -euo pipefail
 usage() { sed -n 's/^#   mini_slurm/mini_slurm/p' "$0" >&2; exit 2; }
@@ -61,6 +62,7 @@ start() {
   mkdir -p "$dir"/{state,log,run}
   configure > "$dir/slurm.conf"
   export SLURM_CONF="$dir/slurm.conf"
+  [ -z "${WHILE_PID:-}" ] || stop_with "$WHILE_PID"
   # A daemon keeps what it inherits: a terminal, or a pipe that its starter reads until it is closed.
   slurmctld -f "$SLURM_CONF" </dev/null >/dev/null 2>&1
   for (( node = 1; node <= nodes; node++ )); do
@@ -75,10 +77,28 @@ start() {
   return 1
 }
 
+# Daemons, and the programs that watch over job steps, outlive each other: so jobs first, and then everything that runs with this configuration.
 stop() {
+  export SLURM_CONF="$dir/slurm.conf"
+  timeout 10 squeue --noheader --format %A 2>/dev/null | sort -u | while read -r job; do
+    timeout 5 scancel "$job" || true
+    timeout 5 scancel --full --signal=KILL "$job" 2>/dev/null || true
+  done
+  for (( attempt = 0; attempt < 40; attempt++ )); do
+    [ -n "$(timeout 10 squeue --noheader 2>/dev/null)" ] || break
+    sleep 0.25
+  done
   for file in "$dir"/run/slurmd.*.pid "$dir/run/slurmctld.pid"; do
     [ ! -f "$file" ] || kill "$(cat "$file")" 2>/dev/null || true
   done
+  for process in $(pgrep slurmstepd); do
+    ! tr '\0' '\n' 2>/dev/null <"/proc/$process/environ" | grep -qxF "SLURM_CONF=$SLURM_CONF" || kill -KILL "$process" 2>/dev/null || true
+  done
+}
+
+# In a session of its own, so that what kills the starter's whole group spares it.
+stop_with() {
+  setsid bash -c 'tail --pid="$1" -f /dev/null; exec "$0" stop "$2"' "$(realpath "$0")" "$1" "$dir" </dev/null >/dev/null 2>&1 &
 }
 
 [ "$#" -ge 1 ] || usage
