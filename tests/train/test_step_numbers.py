@@ -17,6 +17,7 @@ from fusiontrain.models.build import build_model
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.mesh import build_mesh, read_ranks
 from fusiontrain.testing.configs import tiny_config
+from fusiontrain.testing.documents import document
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.training import lmfusion_config, make_sequences, split, write_base
 from fusiontrain.train.by_source import SourceCounts, source_labels
@@ -72,7 +73,7 @@ def by_hand(config: Config, kinds: list[str]) -> dict[str, dict[str, float]]:
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for sequence in sequences_of_sources(kinds, config):
         batch = collate([sequence], config.data, has_frozen_prefix(config))
-        for number, document in enumerate(sequence.documents):
+        for number, mine in enumerate(sequence.documents):
             labels = batch.loss_weights * (batch.doc_ids == number)
             payload = batch.payloads["image"]
             image_rows = batch.doc_ids[batch.modality_bounds[1] : batch.modality_bounds[2]]
@@ -82,9 +83,55 @@ def by_hand(config: Config, kinds: list[str]) -> dict[str, dict[str, float]]:
             with torch.no_grad():
                 terms = model(alone)
             for name, count in (("text", int(((batch.labels >= 0) & (batch.doc_ids == number)).sum())), ("image", int(is_target.sum()))):
-                sums[document.source.source, name] += float(terms[name].sum)
-                counts[document.source.source, name] += count
+                sums[mine.source.source, name] += float(terms[name].sum)
+                counts[mine.source.source, name] += count
     return {source: {name: sums[source, name] / counts[source, name] for name in ("text", "image") if counts[source, name]} for source in SOURCES}
+
+
+TOKENS = {
+    "model.recipe": "mot", "model.vocab_size": 300, "data.modalities": ["text", "image", "speech"], "data.speech.num_units": 30,
+    "data.image": {"representation": "codes", "codebook_size": 8, "size": 8, "patch_size": 4}, "objective.z_loss": 0.1,
+}  # fmt: skip
+
+
+def test_losses_of_sources_where_all_is_tokens_and_their_sum_is_the_loss_shown() -> None:
+    config = tiny_config(TOKENS)
+    documents = [
+        document([256, 9, 8, 258], ("codes", 262, 263, 264, 265), [259, 33, 257], seed=0),
+        document([256, 7], ("speech", 270, 271, 272), [5, 6, 257], seed=1),
+        document([256, 40, 41, 42, 257], seed=2),
+    ]
+    named = [replace(d, source=replace(d.source, source=source)) for d, source in zip(documents, ("web", "books", "web"), strict=True)]
+    sequences = [PackedSequence(tuple(named), config.data.sequence_length, 0), PackedSequence(tuple(named[1:]), config.data.sequence_length, 1)]
+    ranks, model, parameters, optimizer = build(config)
+    batches = [collate([sequence], config.data) for sequence in sequences]
+    wanted: dict[tuple[str, str], float] = collections.defaultdict(float)
+    targets: collections.Counter[tuple[str, str]] = collections.Counter()
+    whole = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model.text_logits(batch).double()  # of all rows, in training mode as the losses are
+        for row in (batch.labels >= 0).nonzero().squeeze(1).tolist():
+            log_sum = logits[row].logsumexp(0)
+            loss = float(log_sum - logits[row, batch.labels[row]] + 0.1 * log_sum**2)
+            key = batch.sources[int(batch.doc_ids[row])].source, ("text", "image", "speech")[int(batch.label_modality_ids[row])]
+            wanted[key] += loss
+            targets[key] += 1
+            whole += WEIGHTS[key[1]] * loss
+    counts = global_counts(batches, sources=SOURCES)
+    result = train_step(model, optimizer, batches, counts, WEIGHTS, 1.0, 1, ranks.device, groups=modality_groups(parameters))
+    assert set(targets) == {("web", "text"), ("web", "image"), ("books", "text"), ("books", "speech")}
+    for source in SOURCES:
+        for name in ("text", "image", "speech"):
+            assert counts.sources[source].targets[name] == targets[source, name]
+            if targets[source, name]:
+                assert result.source_losses[source][name] == pytest.approx(wanted[source, name] / targets[source, name], rel=1e-5)
+            else:
+                assert math.isnan(result.source_losses[source][name])
+    assert result.loss == pytest.approx(whole / sum(targets.values()), rel=1e-5)
+    found = {name: norm for name, norm in result.grad_norms.items() if math.isfinite(norm)}
+    assert set(found) == {"text", "image", "speech"} and min(found.values()) > 0  # nothing is shared
+    assert math.hypot(*found.values()) == pytest.approx(result.grad_norm)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +160,10 @@ def test_counts_of_sources() -> None:
     sequences = sequences_of_sources(["mixed", "text", "image", "empty"], config)
     wanted = {source: [0, 0, 0] for source in SOURCES}
     for sequence in sequences:
-        for document in sequence.documents:
-            images = sum(segment.modality == "image" and segment.is_target for segment in document.segments)
-            for place, number in enumerate((1, document.num_tokens, images)):
-                wanted[document.source.source][place] += number
+        for mine in sequence.documents:
+            images = sum(segment.modality == "image" and segment.is_target for segment in mine.segments)
+            for place, number in enumerate((1, mine.num_tokens, images)):
+                wanted[mine.source.source][place] += number
     counts = global_counts([collate(sequences[:2], config.data), collate(sequences[2:], config.data)], sources=SOURCES)
     assert {source: [found.documents, found.tokens, found.targets["image"]] for source, found in counts.sources.items()} == wanted
     assert sum(found.tokens for found in counts.sources.values()) == sum(counts.tokens.values())
