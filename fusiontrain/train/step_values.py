@@ -14,17 +14,18 @@ from fusiontrain.train.step import StepCounts, StepResult
 
 KEYS: dict[str, tuple[str | None, str]] = {
     "step": (None, "optimizer step, from 1"),
-    "loss": ("loss/total", "weighted sum of the losses of the modalities"),
-    "loss/<modality>": ("loss/<modality>", "mean over the step's targets of that kind on all ranks, before weighting; null without a target"),
+    "loss": ("loss/total", "what is minimised: weighted sum of the losses of the modalities, those of tokens each by its share of the tokens to predict"),
+    "loss/<modality>": ("loss/<modality>", "mean over the step's targets of that kind on all ranks, before weighting, z-loss included; null without a target"),
     "loss/source/<source>/<modality>": ("loss_by_source_<modality>/<source>", "the same over the targets of one source"),
     "grad_norm": ("optimizer/grad_norm", "norm of all gradients, before clipping"),
-    "grad_norm/<group>": ("grad_norm/<group>", "of the weights that text or image rows see alone, or `shared`; null where none trains, and with DeepSpeed"),
+    "grad_norm/<group>": ("grad_norm/<group>", "of the weights that rows of one modality see alone, or `shared`; null where none trains, and with DeepSpeed"),
     "lr": ("optimizer/learning_rate", "learning rate"),
     "tokens": ("tokens/all", "tokens of this step on all ranks, padding left out"),
     "tokens/<modality>": ("tokens/<modality>", "of one modality"),
     "tokens/source/<source>": (None, "of one source"),
     "documents/source/<source>": (None, "documents of one source in this step"),
-    "targets/<modality>": ("targets/<modality>", "labelled text tokens, and images that carry a loss"),
+    "targets/<modality>": ("targets/<modality>", "labelled tokens; of images that are no tokens, those that carry a loss"),
+    "targets/source/<source>/<modality>": (None, "of one source: so weighted, the losses of the sources add up to the whole"),
     "tokens_per_second": ("throughput/tokens_per_second", "over all ranks"),
     "step_seconds": ("throughput/step_seconds", "wall time of the step on the slowest rank, data wait included"),
     "data_seconds": ("throughput/data_seconds", "of it, waiting for data, on the rank that waited most"),
@@ -108,6 +109,7 @@ def step_values(
     for source, label in labels.items():
         found, losses = counts.sources.get(source), result.source_losses.get(source, {})
         values |= {f"loss/source/{label}/{name}": losses.get(name, math.nan) for name in names}
+        values |= {f"targets/source/{label}/{name}": found.targets[name] if found else 0 for name in names}
         values |= {f"tokens/source/{label}": found.tokens if found else 0, f"documents/source/{label}": found.documents if found else 0}
     return values
 

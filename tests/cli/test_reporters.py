@@ -70,7 +70,7 @@ def on_a_terminal(columns: int, later_columns: int) -> tuple[list[str], bytes]:
     written = bytearray()
     reader = threading.Thread(target=read_all, args=(main, written), daemon=True)  # a terminal that nobody reads fills up
     reader.start()
-    watchdog = threading.Timer(60, process.kill)
+    watchdog = threading.Timer(200, process.kill)
     watchdog.start()
     assert process.stdin is not None and process.stdout is not None
     assert process.stdout.readline() == "ready\n"
