@@ -35,9 +35,10 @@ lint: $(STAMP)
 aot: $(STAMP)
 	PYTHONPATH=kernels $(BIN)/python -m fusiontrain_kernels._aot
 
-# An hour or more: 200 kills at random moments, and two hosts in network namespaces (which need root).
+# An hour or more: 200 kills at random moments, 1000 kinds of damage to a checkpoint, and two hosts in network namespaces (which need root).
 soak: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python tests/soak/kills.py --kills 200 --ranks 1,2,4 --out runs/soak
+	PYTHONPATH=.:kernels $(BIN)/python tests/soak/flips.py
 	PYTHONPATH=.:kernels $(BIN)/python tests/soak/two_hosts.py --out runs/two_hosts
 
 clean:

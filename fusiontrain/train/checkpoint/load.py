@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
 
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.parallel.reduce import gather_objects
-from fusiontrain.train.checkpoint.durable import THREADS
+from fusiontrain.train.checkpoint.durable import CHECKSUM
 from fusiontrain.train.checkpoint.manifest import DamagedCheckpoint, read_manifest
+from fusiontrain.train.checkpoint.reader import CheckingReader
 from fusiontrain.train.checkpoint.tensors import TENSOR_FILES, Tensors, alone, quiet
-from fusiontrain.train.checkpoint.verify import changed, missing_or_short
+from fusiontrain.train.checkpoint.verify import CHANGED, changed, missing_or_short
 from fusiontrain.train.state import TrainState
 
 LARGE = (TENSOR_FILES, ".safetensors")
-
-
-class ParallelReader(dcp.FileSystemReader):
-    """torch's reader, several tensors at a time: unpacking and copying one takes longer than reading it."""
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
-        """What DCP calls on every rank."""
-        parts = [replace(plan, items=plan.items[first::THREADS]) for first in range(THREADS)]
-        read = super().read_data
-        with ThreadPoolExecutor(THREADS) as pool:
-            done = list(pool.map(lambda part: read(part, planner), parts))  # raises what one of them raised
-        return done[0]
 
 
 def load_checkpoint(checkpoint: Path, tensors: Tensors, ranks: Ranks) -> TrainState:
@@ -46,18 +31,18 @@ def load_checkpoint(checkpoint: Path, tensors: Tensors, ranks: Ranks) -> TrainSt
     large = [file for file in files if file[0].endswith(LARGE)]
     absent = [problem for name, entry in files if (problem := missing_or_short(checkpoint, name, entry))]
     _require_sound(absent or changed(checkpoint, small))
-    with ThreadPoolExecutor(1) as pool:
-        check = pool.submit(changed, checkpoint, large[ranks.rank :: ranks.world_size])
-        failure: BaseException | None = None
-        try:
-            with quiet():
-                stored = {group: dict(part) for group, part in tensors.items()}
-                dcp.load(stored, storage_reader=ParallelReader(checkpoint), no_dist=alone())
-        except (Exception, dcp.CheckpointException) as error:  # whatever damaged bytes may make of torch's readers
-            failure = error
-        _require_sound(check.result())
-        if failure is not None:
-            raise failure
+    share = dict(large[ranks.rank :: ranks.world_size])
+    reader, failure = CheckingReader(checkpoint, share), None
+    try:
+        with quiet():
+            stored = {group: dict(part) for group, part in tensors.items()}
+            dcp.load(stored, storage_reader=reader, no_dist=alone())
+    except (Exception, dcp.CheckpointException) as error:  # whatever damaged bytes may make of torch's readers
+        failure = error
+    found = [f"{checkpoint / name}: {CHANGED}" for name, checksum in reader.checksums.items() if checksum != share[name][CHECKSUM]]
+    _require_sound(found + changed(checkpoint, [(name, entry) for name, entry in share.items() if name not in reader.checksums]))
+    if failure is not None:
+        raise failure
     return TrainState.from_dict(manifest["state"])
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from fusiontrain.train.checkpoint.durable import CHECKSUM, THREADS, checksum_of
 from fusiontrain.train.checkpoint.manifest import MANIFEST, read_manifest
 
+CHANGED = "does not match its checksum"
+
 
 def verify_checkpoint(checkpoint: Path) -> list[str]:
     """Compare size and content of the files with the manifest; one sentence per problem, an empty list where all is well."""
@@ -34,7 +36,7 @@ def changed(checkpoint: Path, files: Iterable[tuple[str, dict[str, Any]]]) -> li
     def problem(file: tuple[str, dict[str, Any]]) -> str | None:
         path = checkpoint / file[0]
         try:
-            return None if checksum_of(path) == file[1][CHECKSUM] else f"{path}: does not match its checksum"
+            return None if checksum_of(path) == file[1][CHECKSUM] else f"{path}: {CHANGED}"
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"
 
