@@ -80,7 +80,7 @@ start() {
 # Daemons, and the programs that watch over job steps, outlive each other: so jobs first, and then everything that runs with this configuration.
 stop() {
   export SLURM_CONF="$dir/slurm.conf"
-  timeout 10 squeue --noheader --format %A 2>/dev/null | sort -u | while read -r job; do
+  { timeout 10 squeue --noheader --format %A 2>/dev/null || true; } | sort -u | while read -r job; do
     timeout 5 scancel "$job" || true
     timeout 5 scancel --full --signal=KILL "$job" 2>/dev/null || true
   done
@@ -98,6 +98,7 @@ stop() {
 
 # In a session of its own, so that what kills the starter's whole group spares it.
 stop_with() {
+  # shellcheck disable=SC2016  # the inner shell expands it
   setsid bash -c 'tail --pid="$1" -f /dev/null; exec "$0" stop "$2"' "$(realpath "$0")" "$1" "$dir" </dev/null >/dev/null 2>&1 &
 }
 
