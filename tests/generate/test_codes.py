@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fusiontrain.generate.caption import caption
 from fusiontrain.generate.codes import CodeSpace, code_space, paint_codes, write_document
+from fusiontrain.generate.paint import paint
 from fusiontrain.generate.stream import Writing
 from fusiontrain.modality import IMAGE
 from fusiontrain.testing.configs import tiny_config
@@ -104,6 +106,14 @@ def test_an_image_in_the_prompt_is_read_as_codes_and_a_wrong_one_is_refused():
     for wrong in (np.arange(PER_IMAGE - 1), np.full(PER_IMAGE, CODEBOOK)):
         with pytest.raises(UserError, match=f"must be {PER_IMAGE} codes from 0 to {CODEBOOK - 1}"):
             write_document(model, TOKENIZER, [wrong], codes=SPACE, writing=Writing(1), max_images=0, context=96)
+
+
+def test_a_model_of_codes_asked_for_a_picture_says_why_not():
+    image = config_of().data.image
+    with pytest.raises(UserError, match="nothing here makes codes of a picture"):
+        caption(lively_model(config_of()), TOKENIZER, [np.zeros((8, 8, 3), np.uint8)], image=image, writing=Writing(2))
+    with pytest.raises(UserError, match="a picture of codes"):
+        paint(lively_model(config_of()), TOKENIZER, ["red"], image=image, steps=1, guidance=1.0, seed=0)
 
 
 def test_a_model_of_patches_writes_no_codes():

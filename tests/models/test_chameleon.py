@@ -137,3 +137,21 @@ def test_dropout_is_for_training_alone_and_another_key_drops_others():
     assert model(dataclasses.replace(batch, row_keys=batch.row_keys + 5))["text"].sum.item() != losses[0]
     still = build_model(chameleon_config())
     assert model.eval()(batch)["text"].sum.item() == still(batch)["text"].sum.item() != losses[0]
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_each_sublayer_of_each_block_drops_at_a_place_of_its_own(position):
+    config = chameleon_config(**{"model.dropout": 0.3, "model.norm_position": position})
+    model, batch = build_model(config), batch_of(documents(), config)
+    calls = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, given, made, name=name: calls.__setitem__(name, (given, made)))
+    model(batch)
+    for number in range(2):
+        at = f"blocks.{number}"
+        (x, layout, *_), (found, _) = calls[at]
+        updates = {"attention": calls[f"{at}.attention"][1][0], "feed_forward": calls[f"{at}.feed_forward"][1]}
+        for sublayer, (name, update) in enumerate(updates.items()):
+            dropped = keyed_dropout(update, batch.row_keys, 2 * number + sublayer, 0.3)
+            x = x + (model.get_submodule(f"{at}.{name}_norm")(dropped, layout) if position == "post" else dropped)
+        torch.testing.assert_close(found, x)
