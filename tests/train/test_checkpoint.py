@@ -175,6 +175,19 @@ def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
                 read_manifest(path)
 
 
+@pytest.mark.parametrize("change", [("\n ", "\n\t"), (": 4", ":4"), ("2.5e-07", "2.5E-07"), ("world_size", "world\\u005fsize")])
+def test_a_manifest_that_means_the_same_is_damaged_all_the_same(tmp_path: Path, change: tuple[str, str]) -> None:
+    """One flipped bit makes an E of an e; what was not written here is not to be trusted, whatever it means."""
+    state = TrainState(step=4, history={"loss": [2.5e-7]})
+    path = save_checkpoint(tmp_path, state, tensors(1.0), MODEL, "", Ranks(), ALL, {})
+    text = (path / "manifest.json").read_text()
+    changed = text.replace(*change, 1)
+    assert changed != text and json.loads(changed) == json.loads(text)
+    (path / "manifest.json").write_text(changed)
+    with pytest.raises(DamagedCheckpoint, match="own checksum"):
+        read_manifest(path)
+
+
 def test_what_resume_means(tmp_path: Path) -> None:
     assert resume_candidates("auto", tmp_path / "nothing") == []
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
