@@ -24,6 +24,9 @@ from fusiontrain.parallel.flat_shard import FlatShard
 from fusiontrain.types import Batch, LossTerm
 from fusiontrain.utils.errors import UserError
 
+LINEAR = nn.functional.linear
+"""torch's own."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW's state, what has the shape of the parameter."""
 
@@ -122,8 +125,9 @@ class Zero:
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, and give torch back its linear layer, which stage 3 replaces for the whole process."""
         self.engine.destroy()
+        nn.functional.linear = LINEAR
 
     def _frozen(self, parameter: nn.Parameter) -> torch.Tensor:
         if self.stage < 3:

@@ -115,6 +115,13 @@ def test_every_stage_takes_the_steps_of_one_process(recipe: str, stage: int, wor
     assert_same((results, tensors), wanted[recipe])
 
 
+def test_what_deepspeed_replaces_in_torch_is_given_back(base: str) -> None:
+    """Its linear layer for stage 3 computes and keeps other things than torch's, for all models of the process."""
+    linear = torch.nn.functional.linear
+    train(make_config("lmfusion", base, {"parallel.engine": "deepspeed", "parallel.zero_stage": 3}))
+    assert torch.nn.functional.linear is linear and "deepspeed" not in linear.__module__
+
+
 def assert_same(got: tuple, wanted: tuple) -> None:
     for result, expected in zip(got[0], wanted[0], strict=True):
         assert result.losses == pytest.approx(expected.losses, rel=1e-5, nan_ok=True)
