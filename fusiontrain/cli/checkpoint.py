@@ -32,21 +32,14 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0; UserError where there is no checkpoint or one is damaged."""
     if args.action in checkpoint_folders.ACTIONS:
         return checkpoint_folders.run(args)
-    from fusiontrain.train.checkpoint import foreign_files, read_manifest, verify_checkpoint
     from fusiontrain.utils.errors import UserError
 
     checkpoints = find_checkpoints(Path(args.path))
     if args.action == "list":
-        rows = [describe(path, read_manifest(path)) for path in checkpoints]
-        if args.json:
-            print_json({"checkpoints": rows})
-        else:
-            table = [[row["path"], row["step"], row["world_size"], row["mib"]] for row in rows]
-            print_table([["checkpoint", "step", "ranks", "MiB"], *table])
-        return 0
+        return _list(args, checkpoints)
     if args.action == "prune":
         return _prune(args, checkpoints)
-    problems = [problem for path in checkpoints for problem in (*verify_checkpoint(path), *foreign_files(path))]
+    problems = [problem for path in checkpoints for problem in _problems(path)]
     if problems:
         raise UserError("\n".join(problems))
     if args.json:
@@ -54,6 +47,35 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_table([[str(path), "ok"] for path in checkpoints])
     return 0
+
+
+def _list(args: argparse.Namespace, checkpoints: list[Path]) -> int:
+    """Exit code 0; a damaged one is told on stderr, among the others, and is 2."""
+    from fusiontrain.train.checkpoint import DamagedCheckpoint, read_manifest
+
+    rows, damaged = [], []
+    for path in checkpoints:
+        try:
+            rows.append(describe(path, read_manifest(path)))
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
+    if args.json:
+        print_json({"checkpoints": rows, "damaged": damaged})
+    else:
+        table = [[row["path"], row["step"], row["world_size"], row["mib"]] for row in rows]
+        print_table([["checkpoint", "step", "ranks", "MiB"], *table])
+    if damaged:
+        raise DamagedCheckpoint("\n".join(damaged))
+    return 0
+
+
+def _problems(checkpoint: Path) -> list[str]:
+    from fusiontrain.train.checkpoint import DamagedCheckpoint, foreign_files, verify_checkpoint
+
+    try:
+        return [*verify_checkpoint(checkpoint), *foreign_files(checkpoint)]
+    except DamagedCheckpoint as error:
+        return [str(error)]
 
 
 def _prune(args: argparse.Namespace, checkpoints: list[Path]) -> int:

@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("train", help="train a model; under torchrun, one process per device")
     add_config_arguments(parser)
     parser.add_argument(
-        "--resume", metavar="auto|none|PATH", help="newest complete checkpoint of run.dir, a new start, or a checkpoint folder"
+        "--resume", metavar="auto|none|PATH", help="newest complete checkpoint of run.dir, a new start, or the folder of a checkpoint or of a run"
     )
     add_json_argument(parser)
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     ranks = read_ranks()
     try:
-        config = load(args.config, [*args.overrides, *([f"checkpoint.resume={args.resume}"] if args.resume else [])])
+        config = load(args.config, [*args.overrides, *([f"checkpoint.resume={args.resume}"] if args.resume is not None else [])])
         prepare(config, ranks)
         config = with_base(config)
         check_config(config, ranks.world_size)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusiontrain.cli.main import main
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.train.checkpoint import (
     DamagedCheckpoint,
@@ -195,6 +196,11 @@ def test_what_resume_means(tmp_path: Path) -> None:
     assert resume_candidates("none", tmp_path) == []
     assert resume_candidates("auto", tmp_path) == [newer, older]
     assert resume_candidates(str(older), tmp_path) == [older]
+    run = tmp_path / "run"
+    in_run = [save(run / "checkpoints", step) for step in (1, 2)]
+    assert resume_candidates(str(run), tmp_path) == in_run[::-1]
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        resume_candidates("", tmp_path)
     with pytest.raises(UserError, match="step-00000003: no complete checkpoint"):
         resume_candidates(str(tmp_path / "step-00000003"), tmp_path)
 
@@ -242,3 +248,16 @@ def test_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
     assert digests["one"] == digests["copy"] != digests["other"]
     with pytest.raises(UserError, match=r"no \.safetensors"):
         folder_identity(tmp_path)
+
+
+def test_a_damaged_manifest_hides_no_other_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third = (save(tmp_path, step) for step in (1, 2, 3))
+    (second / "manifest.json").write_text("{")
+    next(first.glob("*.distcp")).unlink()
+    assert main(["checkpoint", "list", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert str(first) in out and str(third) in out and str(second) not in out
+    assert f"{second / 'manifest.json'}: is not readable" in err
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"{first}/" in err and "is missing" in err and f"{second / 'manifest.json'}: is not readable" in err

