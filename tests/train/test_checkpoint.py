@@ -211,6 +211,9 @@ def test_going_back_sets_the_abandoned_future_aside(tmp_path: Path) -> None:
     set_aside_newer(tmp_path, 1)
     assert names(tmp_path) == ["step-00000001", "step-00000002.stale", "step-00000003.stale"]
     assert resume_candidates("auto", tmp_path) == [tmp_path / "step-00000001"]
+    save(tmp_path, 2)
+    set_aside_newer(tmp_path, 1)
+    assert names(tmp_path) == ["step-00000001", "step-00000002.stale", "step-00000002.stale-2", "step-00000003.stale"]
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from fusiontrain.config.schema import Config
 from fusiontrain.testing.runs import Recorder, trainer_of
 from fusiontrain.testing.training import world_config, write_base
 from fusiontrain.train.build import check_config
-from fusiontrain.train.checkpoint import list_checkpoints, verify_checkpoint
+from fusiontrain.train.checkpoint import DamagedCheckpoint, list_checkpoints, verify_checkpoint
 from fusiontrain.train.checkpoint.base import with_base
 from fusiontrain.train.inference import load_for_inference
 from fusiontrain.utils.errors import UserError
@@ -56,3 +56,13 @@ def test_nothing_needs_the_base_any_more(tmp_path: Path) -> None:
     assert verify_checkpoint(checkpoints[1]) == [f"{weights[1]}: does not match its checksum"]
     with pytest.raises(UserError, match=r"model\.safetensors: does not match its checksum"):
         load_for_inference(checkpoints[1])
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors: does not match its checksum, and model\.base=.* is not there"):
+        train(config)
+    shutil.copyfile(weights[0], tmp_path / "other")
+    weights[0].unlink()
+    shutil.copyfile(tmp_path / "other", weights[0])  # no link any more, and as damaged as before
+    with weights[0].open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(byte)
+    assert with_base(config).model.base == str(weights[0].parent), "the newest copy that is sound"

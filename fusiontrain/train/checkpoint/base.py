@@ -13,7 +13,8 @@ from typing import Any
 from fusiontrain.config.schema import Config
 from fusiontrain.train.checkpoint.durable import seal, sync
 from fusiontrain.train.checkpoint.folders import list_checkpoints, resume_candidates
-from fusiontrain.train.checkpoint.manifest import read_manifest
+from fusiontrain.train.checkpoint.manifest import DamagedCheckpoint, read_manifest
+from fusiontrain.train.checkpoint.verify import changed, missing_or_short
 from fusiontrain.utils.errors import UserError
 
 BASE = "base"
@@ -43,17 +44,37 @@ def find_copy(checkpoint: Path) -> Path | None:
 
 
 def with_base(config: Config) -> Config:
-    """`config`, its base taken from the checkpoint that it resumes from where the original folder is gone; as it is where there is no such copy."""
+    """`config`, its base taken from the newest checkpoint with a sound copy where the original folder is gone; as it is where there is no copy.
+
+    Raises DamagedCheckpoint where no copy is sound: later checkpoints link to the files of earlier ones, so what harms one harms all.
+    """
     if config.model.base is None or Path(config.model.base).is_dir():
         return config
-    candidates = resume_candidates(config.checkpoint.resume, Path(config.run.dir) / "checkpoints")
-    copies = [copy for checkpoint in candidates if (copy := find_copy(checkpoint)) is not None]
-    return replace_base(config, copies[0]) if copies else config
+    damaged: list[str] = []
+    for checkpoint in resume_candidates(config.checkpoint.resume, Path(config.run.dir) / "checkpoints"):
+        copy = find_copy(checkpoint)
+        problems = [] if copy is None else _damage(checkpoint)
+        if copy is not None and not problems:
+            return replace_base(config, copy)
+        damaged += problems
+    if damaged:
+        raise DamagedCheckpoint(f"{damaged[0]}, and model.base={config.model.base} is not there: put the base back, the checkpoints themselves may be whole")
+    return config
 
 
 def replace_base(config: Config, folder: Path) -> Config:
     """`config` with its base in another folder."""
     return config.model_copy(update={"model": config.model.model_copy(update={"base": str(folder)})})
+
+
+def _damage(checkpoint: Path) -> list[str]:
+    """What is wrong with the copy of the base in a checkpoint."""
+    try:
+        entries = {name: entry for name, entry in read_manifest(checkpoint)["files"].items() if name.startswith(f"{BASE}/")}
+    except DamagedCheckpoint as error:
+        return [str(error)]
+    found = [problem for name, entry in entries.items() if (problem := missing_or_short(checkpoint, name, entry)) is not None]
+    return found or changed(checkpoint, entries.items())
 
 
 def _link_earlier(checkpoint: Path) -> dict[str, Any]:

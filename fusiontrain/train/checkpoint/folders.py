@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Mapping
@@ -54,16 +55,16 @@ def resume_candidates(resume: str, checkpoints: Path) -> list[Path]:
 
 
 def set_aside_newer(checkpoints: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps than `step` to `*.stale`, and return them.
+    """Rename the checkpoints of later steps than `step` to `*.stale`, and return them. None that was set aside before is lost: names are counted up.
 
     A run that goes back leaves the future it had; without this, the next `--resume auto` would jump into it.
     """
     stale = []
     for path in list_checkpoints(checkpoints):
         if checkpoint_step(path) > step:
-            target = path.with_name(path.name + ".stale")
-            shutil.rmtree(target, ignore_errors=True)
-            stale.append(path.rename(target))
+            endings = itertools.chain([".stale"], (f".stale-{number}" for number in itertools.count(2)))
+            free = next(name for name in map(path.name.__add__, endings) if not path.with_name(name).exists())
+            stale.append(path.rename(path.with_name(free)))
     return stale
 
 
