@@ -88,7 +88,8 @@ def use_collectives(folder: str) -> tuple[int, str, str, list[str]]:
     with Watchdog(Path(folder), ranks, Progress(), StopRequest(), 60, 60, print) as watchdog:
         watchdog.report()
         torch.distributed.barrier()
-    return count, words, (Path(folder) / f"logs/rank-{ranks.rank}.report.txt").read_text(), sorted(path.name for path in Path(folder, "logs").glob("*.json"))
+    logs, mine = Path(folder) / "logs", f"rank-{ranks.rank}"
+    return count, words, (logs / f"{mine}.report.txt").read_text(), sorted(path.name for path in logs.glob(f"{mine}.*.json"))
 
 
 def test_a_report_has_the_last_collective_the_timings_and_the_stacks(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_a_report_has_the_last_collective_the_timings_and_the_stacks(tmp_path: P
     for rank, (count, words, report, left) in enumerate(shared_pool().run(use_collectives, 2, str(tmp_path))):
         assert count >= 3 and words.startswith("gloo:all_reduce number ")
         assert f"rank {rank} on {HOST}" in report and "last collective: gloo:barrier" in report and "in use_collectives" in report
-        assert left == [] or rank == 0, "a rank that ends well leaves no status"
+        assert left == [], "a rank that ends well leaves no status; the other one may not have ended yet"
 
 
 def test_an_error_of_ones_own_ends_nothing(tmp_path: Path) -> None:
