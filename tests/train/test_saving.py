@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from fusiontrain.utils.errors import UserError
 class Run:
     """A few parameters, an optimizer whose every step changes all of them, and their saver."""
 
-    def __init__(self, folder: Path, asynchronous: bool = True, elements: int = 1000, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, folder: Path, asynchronous: bool = True, elements: int = 1000, ranks: Ranks | None = None, overrides: dict[str, Any] | None = None
+    ) -> None:
         self.ranks = ranks or Ranks()
         names = [f"{name}.of-{self.ranks.rank}" for name in ("first", "second")]
         self.parameters = {name: torch.nn.Parameter(torch.zeros(elements)) for name in names}
@@ -31,7 +34,7 @@ class Run:
             parameter.grad = torch.ones(elements)
         self.tensors = {"model": {k: v.detach() for k, v in self.parameters.items()}, "optimizer": optimizer_tensors(self.optimizer, self.parameters)}
         self.events: list[str] = []
-        config = tiny_config({"run.dir": str(folder), "checkpoint.asynchronous": asynchronous, "checkpoint.keep_last": 2})
+        config = tiny_config({"run.dir": str(folder), "checkpoint.asynchronous": asynchronous, "checkpoint.keep_last": 2, **(overrides or {})})
         self.saver = Saver(config, self.ranks, self.tensors, {}, self.optimizer, self.events.append)
 
     def held(self) -> dict[str, torch.Tensor]:
@@ -119,6 +122,16 @@ def save_once(folder: str) -> str:
             run.saver.wait()
         run.saver.close()
         return str(caught.value)
+
+
+def test_a_best_that_is_never_known_is_said_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, asynchronous=False, overrides={"checkpoint.keep_best": "validation/image", "checkpoint.keep_last": 1})
+    for step, values in enumerate(({"validation/image": 0.5}, {"loss": 1.0}, {"validation/image": float("nan")}), 1):
+        run.saver.save(TrainState(step=step), values)
+    run.saver.close()
+    said = [event for event in run.events if "saved" not in event]
+    assert len(said) == 1 and said[0].startswith("step 2: has no value of checkpoint.keep_best=validation/image")
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001", "step-00000003"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
