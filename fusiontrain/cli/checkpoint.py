@@ -68,10 +68,10 @@ def _list(args: argparse.Namespace, checkpoints: list[Path]) -> int:
     else:
         table = [[row["path"], row["step"], row["world_size"], row["mib"]] for row in rows]
         print_table([["checkpoint", "step", "ranks", "MiB"], *table])
-        for path in unfinished:
-            print(f"{path}: incomplete (its save or deletion is under way, or did not end); no run resumes from it")
-        for path in aside:
-            print(f"{path}: set aside when the run went back; delete it when you no longer need it")
+        for name in unfinished:
+            print(f"{name}: incomplete (its save or deletion is under way, or did not end); no run resumes from it")
+        for name in aside:
+            print(f"{name}: set aside when the run went back; delete it when you no longer need it")
     if damaged:
         raise DamagedCheckpoint("\n".join(damaged))
     return 0
