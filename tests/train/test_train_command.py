@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -145,6 +146,21 @@ def test_eta_leaves_out_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     eta = command.Eta(0, 10)
     assert [eta.update(step) for step in (1, 2, 3)] == [None, 16.0, 14.0]
     assert [command.format_seconds(seconds) for seconds in (None, 14.2, 125, 3725)] == ["-", "0:14", "2:05", "1:02:05"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")
+def test_a_rank_of_an_agent_dies_with_it() -> None:
+    """As the system has it noted: see also `utils/orphans.py`, whose test lets one die."""
+    child = os.fork()
+    if child == 0:
+        number = ctypes.c_int(-1)
+        try:
+            os.environ["TORCHELASTIC_RUN_ID"] = "a job"
+            main(["train", "nowhere.yaml"])
+            ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+        finally:
+            os._exit(number.value)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
 def test_torchrun_with_two_processes_and_a_signal(config_file: Path) -> None:

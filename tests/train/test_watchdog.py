@@ -141,3 +141,19 @@ def test_a_rank_that_hangs_ends_all_and_is_named_once(tmp_path: Path) -> None:
     assert re.match(r"rank 0 waited \d+ s in forward and backward of step 7 for rank 1, ", text)
     assert f"whose process {children[1]} on {HOST} has been in data of step 7 for " in text
     assert text.count("rank 0 waited") == 1 and "rank 1 waited" not in text and "rank 1 has been" not in text
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_rank_that_tells_its_own_error_is_not_told_of_again(tmp_path: Path, told: bool) -> None:
+    (tmp_path / "logs").mkdir()
+    heard, said = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with Watchdog(tmp_path, Ranks(0, 2), Progress(), StopRequest(), 60, 60, lambda text: os.write(said, text.encode()) and None) as watchdog:
+            write_status(tmp_path / "logs", status(1, failure="UserError: no room", told=told))
+            watchdog.end_if_lost(RuntimeError("Connection closed by peer"))
+        os._exit(0)
+    os.close(said)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1, "it ends either way"
+    with os.fdopen(heard) as pipe:
+        assert pipe.read().endswith("for rank 1, which failed in forward and backward of step 7 with UserError: no room") is not told
