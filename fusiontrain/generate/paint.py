@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fusiontrain.config.schema import ImageDataConfig
+from fusiontrain.config.schema import Config, ImageDataConfig
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.guidance import Grid, Predict, denoise, guide
 from fusiontrain.generate.pictures import grid_of, patch_numbers, to_pictures
@@ -54,6 +54,26 @@ def paint(
             values = paint_into(model, tokenizer, cache, keys, image, steps, guidance, sampler=sampler, eta=eta, between=between)
             pictures += to_pictures(model, values, grid)
     return pictures
+
+
+def paint_as_configured(
+    model: FusionModel, tokenizer: Tokenizer, prompts: Sequence[str], config: Config, seed: int, between: Callable[[], None] = lambda: None
+) -> list[np.ndarray]:
+    """`paint` as the `data` and `sample` of a config say."""
+    sample, data = config.sample, config.data
+    return paint(
+        model,
+        tokenizer,
+        prompts,
+        image=data.image,
+        steps=sample.steps,
+        guidance=sample.guidance,
+        seed=seed,
+        sampler=sample.sampler,
+        eta=sample.ddim_eta,
+        context=data.sequence_length,
+        between=between,
+    )
 
 
 def paint_into(

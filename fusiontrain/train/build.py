@@ -34,10 +34,11 @@ from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
 from fusiontrain.train.progress import Progress
+from fusiontrain.train.reporter import Reporter
 from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.sinks.all import missing_packages
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
-from fusiontrain.train.trainer import Reporter, Trainer
+from fusiontrain.train.trainer import Trainer
 from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
