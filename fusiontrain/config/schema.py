@@ -271,6 +271,7 @@ class CheckpointConfig(Section):
     frozen: Literal["reference", "copy"] = Field(
         "reference", description="frozen weights of model.base: by path and hash; copy: stored too, so that nothing needs the base any more"
     )
+    timeout_seconds: int = Field(1800, ge=1, description="a save in which a rank waits longer for another, as on slow storage, ends the run")
     grace_seconds: float = Field(
         240, gt=0, description="a run that is asked to stop and has not saved and left after so long ends; less than the scheduler's own patience"
     )
