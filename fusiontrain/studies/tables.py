@@ -170,7 +170,7 @@ MOT = Study(
     common=(*FROM_SCRATCH, "model.recipe=mot", "model.norm_position=post", "model.image.patcher=linear"),
     variants=tuple(Variant(name, (f"model.untied={parts}",)) for name, parts in UNTIED.items()),
     baseline="dense",
-    columns=("slope/image", "slope/text", "validation/image", "validation/text", "step time"),
+    columns=("slope/image", "reached/image", "slope/text", "reached/text", "validation/image", "validation/text", "step time"),
     published_columns=("slope, image", "slope, text"),
     published={"mot": (".254 (train)", ".97 to .99")},
     expectations=(
