@@ -56,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         with stop_on_signals() as stop, process_group(ranks, config.parallel), only_training_in(Path(config.run.dir)):
             return _train(config, ranks, stop, args.json)
+    except Exception:
+        logging.getLogger(__name__).exception("the run ended with an error")
+        raise
     finally:
         close_log(log)
 
