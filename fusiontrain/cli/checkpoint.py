@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     actions = subparsers.add_parser("checkpoint", help="list, verify, prune, export or import checkpoints").add_subparsers(
         dest="action", metavar="ACTION", required=True
     )
-    listing = actions.add_parser("list", help="the complete checkpoints of a run")
+    listing = actions.add_parser("list", help="the checkpoints of a run: complete ones, and by name those that are not or were set aside")
     verify = actions.add_parser("verify", help="compare every file with its checksum; exit 2 if one differs")
     prune = actions.add_parser("prune", help="delete checkpoints that the run's config would not keep")
     prune.add_argument("--keep-last", type=int, metavar="N", help="instead of checkpoint.keep_last")
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace, checkpoints: list[Path]) -> int:
     """Exit code 0; a damaged one is told on stderr, among the others, and is 2."""
-    from fusiontrain.train.checkpoint import DamagedCheckpoint, read_manifest
+    from fusiontrain.train.checkpoint import MANIFEST, DamagedCheckpoint, read_manifest
+    from fusiontrain.train.checkpoint.folders import incomplete, set_aside
 
     rows, damaged = [], []
     for path in checkpoints:
@@ -59,11 +61,17 @@ def _list(args: argparse.Namespace, checkpoints: list[Path]) -> int:
             rows.append(describe(path, read_manifest(path)))
         except DamagedCheckpoint as error:
             damaged.append(str(error))
+    alone = (Path(args.path) / MANIFEST).is_file()
+    unfinished, aside = ([], []) if alone else ([str(path) for path in find(checkpoints[0].parent)] for find in (incomplete, set_aside))
     if args.json:
-        print_json({"checkpoints": rows, "damaged": damaged})
+        print_json({"checkpoints": rows, "damaged": damaged, "incomplete": unfinished, "set_aside": aside})
     else:
         table = [[row["path"], row["step"], row["world_size"], row["mib"]] for row in rows]
         print_table([["checkpoint", "step", "ranks", "MiB"], *table])
+        for name in unfinished:
+            print(f"{name}: incomplete (its save or deletion is under way, or did not end); no run resumes from it")
+        for name in aside:
+            print(f"{name}: set aside when the run went back; delete it when you no longer need it")
     if damaged:
         raise DamagedCheckpoint("\n".join(damaged))
     return 0
@@ -91,6 +99,7 @@ def _prune(args: argparse.Namespace, checkpoints: list[Path]) -> int:
         raise UserError("--keep-last and --keep-every: must be at least 1")
     keep = Retention.of(load(checkpoints[-1] / CONFIG).checkpoint)
     keep = replace(keep, **{name: value for name, value in asked.items() if value is not None})
+    _require_metric(checkpoints[-1].parent, keep.best, "--keep-best" if args.keep_best is not None else "checkpoint.keep_best")
     gone = [str(path) for path in prune(checkpoints[-1].parent, keep, dry_run=args.dry_run)]
     if args.json:
         print_json({"deleted": gone, "dry_run": args.dry_run})
@@ -99,16 +108,35 @@ def _prune(args: argparse.Namespace, checkpoints: list[Path]) -> int:
     return 0
 
 
+def _require_metric(folder: Path, key: str | None, where: str) -> None:
+    """Raise UserError where no checkpoint has the metric by which the best one is to be kept: it would go with the others, in silence."""
+    from fusiontrain.train.checkpoint.folders import list_checkpoints, metrics_of
+    from fusiontrain.utils.errors import UserError
+
+    known = {name for path in list_checkpoints(folder) for name in metrics_of(path)}
+    if key is None or key in known:
+        return
+    losses = sorted(name for name in known if name == "loss" or name.startswith("validation/"))
+    hint = difflib.get_close_matches(key, known, n=1) or losses
+    raise UserError(
+        f"{where} {key}: no checkpoint in {folder} has a value of that name, so the best one is not known and nothing is deleted: "
+        + (f"give one that they have, such as {' or '.join(hint)}" if hint else "they have no values at all, leave it out")
+    )
+
+
 def find_checkpoints(path: Path) -> list[Path]:
     """The checkpoints that a path means, oldest first; UserError if there is none."""
     from fusiontrain.train.checkpoint import MANIFEST, list_checkpoints
+    from fusiontrain.train.checkpoint.folders import incomplete
     from fusiontrain.utils.errors import UserError
 
     if (path / MANIFEST).is_file():
         return [path]
     found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if not found:
-        raise UserError(f"{path}: no complete checkpoint there; give a run folder, or a folder such as checkpoints/step-00000100")
+        rest = ", ".join(left.name for left in (incomplete(path) or incomplete(path / "checkpoints")))
+        aside = f" (incomplete: {rest})" if rest else ""
+        raise UserError(f"{path}: no complete checkpoint there{aside}; give a run folder, or a folder such as checkpoints/step-00000100")
     return found
 
 

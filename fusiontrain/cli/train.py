@@ -16,6 +16,8 @@ from fusiontrain.utils.orphans import die_with_parent
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """Reading never fails like this, so it is the run folder."""
 
+logger = logging.getLogger(__name__)
+
 
 def add_parser(subparsers: Any) -> None:
     """Adds `train` to the program's subparsers."""
@@ -28,39 +30,69 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 when the run is done or stopped on request after a save, 1 when it diverged; UserError for bad input."""
+    """Exit code 0 when the run is done or stopped on request after a save, 1 when it diverged, 2 for bad input, which is told here under a launcher."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     logging.raiseExceptions = False  # a log on a full disk must not fill the terminal: the run will end with a sentence
-    from fusiontrain.cli.first_use import prepare
-    from fusiontrain.config.load import load
+    from fusiontrain.cli.rank_errors import Told, end_before_start, others_failed
     from fusiontrain.parallel.mesh import process_group, read_ranks
-    from fusiontrain.train.build import check_config
-    from fusiontrain.train.checkpoint.base import with_base
     from fusiontrain.train.metrics import close_log, open_log
-    from fusiontrain.train.run_lock import only_training_in
     from fusiontrain.train.signals import stop_on_signals
     from fusiontrain.utils.errors import UserError
 
     ranks = read_ranks()
     try:
-        config = load(args.config, [*args.overrides, *([f"checkpoint.resume={args.resume}"] if args.resume is not None else [])])
-        prepare(config, ranks)
-        config = with_base(config)
-        check_config(config, ranks.world_size)
-    except UserError:
-        if not ranks.is_main:
-            return 2  # all ranks read the same file: the main one says what is wrong with it
-        raise
-    log = open_log(Path(config.run.dir), ranks.rank)
+        config = _prepare(args, ranks)
+        log = open_log(Path(config.run.dir), ranks.rank)
+    except UserError as error:
+        if ranks.world_size == 1:
+            raise
+        end_before_start(error, ranks)
+        return 2
     try:
-        with stop_on_signals() as stop, process_group(ranks, config.parallel), only_training_in(Path(config.run.dir)):
-            return _train(config, ranks, stop, args.json)
+        with stop_on_signals() as stop, process_group(ranks, config.parallel):
+            return 2 if others_failed() else _hold_and_train(config, ranks, stop, args.json)
+    except Told as told:
+        logger.error("the run ended: %s", told.__cause__)
+        return 2
     except Exception:
-        logging.getLogger(__name__).exception("the run ended with an error")
+        logger.exception("the run ended with an error")
         raise
     finally:
         close_log(log)
+
+
+def _prepare(args: argparse.Namespace, ranks: Any) -> Any:
+    """The config, once everything that it names is there."""
+    from fusiontrain.cli.first_use import prepare
+    from fusiontrain.config.load import load
+    from fusiontrain.train.build import check_config
+    from fusiontrain.train.checkpoint.base import with_base
+
+    config = load(args.config, [*args.overrides, *([f"checkpoint.resume={args.resume}"] if args.resume is not None else [])])
+    prepare(config, ranks)
+    config = with_base(config)
+    check_config(config, ranks.world_size)
+    return config
+
+
+def _hold_and_train(config: Any, ranks: Any, stop: Any, as_json: bool) -> int:
+    """Train while the run folder is held. Raises Told for what the user can mend."""
+    from fusiontrain.cli.rank_errors import Told, tell, tell_in_run
+    from fusiontrain.train.run_lock import only_training_in
+    from fusiontrain.utils.errors import UserError
+
+    folder, held = Path(config.run.dir), False
+    try:
+        with only_training_in(folder):
+            held = True
+            return _train(config, ranks, stop, as_json)
+    except UserError as error:
+        if held:
+            tell_in_run(error, ranks, folder / "logs")
+        elif ranks.is_main:  # all ranks have the same
+            tell(error)
+        raise Told from error
 
 
 def _train(config: Any, ranks: Any, stop: Any, as_json: bool) -> int:

@@ -28,13 +28,13 @@ from fusiontrain.train.checkpoint import (
     load_checkpoint,
     read_manifest,
     resume_candidates,
-    set_aside_newer,
 )
 from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
 from fusiontrain.train.progress import Progress
 from fusiontrain.train.reporter import Reporter
+from fusiontrain.train.set_aside import set_aside_future
 from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.sinks.all import missing_packages
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
@@ -96,11 +96,11 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     if config.train.ema_decay is not None:
         tensors[ema.GROUP] = ema.average_weights(optimizer, parameters, config.train.ema_decay)
     identity = on_main(lambda: model_identity(config, tensors["model"]) | ema.note(config.train))
-    state, passed_over = resume(config, ranks, tensors, identity, loader.fields)
+    state, news = resume(config, ranks, tensors, identity, loader.fields)
     if zero is not None:
         zero.loaded()
-    for damage in passed_over:
-        reporter.event(f"passed over {damage}")
+    for sentence in news:
+        reporter.event(sentence)
     writer = open_run_folder(config, state.step) if ranks.is_main else None
     barrier()  # no rank writes into a run folder that is not there yet
     parts = (config, ranks, model, optimizer, tokenizer, loader, validation_loader, tensors, identity, state, stop, reporter, writer, zero)
@@ -126,26 +126,29 @@ def index_first(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequ
 def resume(
     config: Config, ranks: Ranks, tensors: Tensors, identity: dict, data_fields: dict[str, str]
 ) -> tuple[TrainState, list[str]]:
-    """Load the checkpoint that `checkpoint.resume` means into `tensors`; returns its state (a new one if there is none) and what is wrong
-    with newer checkpoints that were passed over.
+    """Load the checkpoint that `checkpoint.resume` means into `tensors`; returns its state (a new one if there is none) and sentences on what a person
+    should hear of: newer checkpoints that were passed over, what was set aside, that nothing is left to train.
 
     Only `auto` passes over damage, and not over the last one: a run whose checkpoints are all damaged must not start anew unasked.
     """
     folder = Path(config.run.dir) / "checkpoints"
     # The main rank decides, so that ranks which see a shared disk at different moments still take the same ones.
     candidates = on_main(lambda: resume_candidates(config.checkpoint.resume, folder))
-    state, passed_over = TrainState(), []
+    state = TrainState()
+    used: Path | None = None
+    passed_over: list[tuple[Path, str]] = []
     for checkpoint in candidates:
         try:
             manifest = read_manifest(checkpoint)
+            require_steps_left(manifest["step"], config.train.steps, checkpoint)
             require_same_model(manifest["model"], identity, checkpoint)
             if not config.checkpoint.accept_data_change:
                 require_same_data(manifest["state"]["data"], data_fields, checkpoint)
             stored = {group: part for group, part in tensors.items() if group != ema.GROUP or ema.GROUP in manifest["model"]}
-            state = on_these_data(load_checkpoint(checkpoint, stored, ranks), data_fields)
+            state, used = on_these_data(load_checkpoint(checkpoint, stored, ranks), data_fields), checkpoint
         except DamagedCheckpoint as error:
-            logger.warning("passed over %s", error)
-            passed_over.append(str(error))
+            logger.warning("%s is damaged: %s", checkpoint, error)
+            passed_over.append((checkpoint, str(error).partition(", the checkpoint is damaged")[0]))
             continue
         logger.info("resumed from %s", checkpoint)
         if ema.GROUP not in stored and ema.GROUP in tensors:
@@ -154,12 +157,28 @@ def resume(
         elif ema.GROUP in manifest["model"] and ema.GROUP not in tensors:
             logger.warning("%s holds averages of the weights, which are dropped: train.ema_decay is null", checkpoint)
         break
-    if len(passed_over) == len(candidates) > 0:
-        raise UserError(f"{passed_over[0]} (no older checkpoint is sound either)" if len(candidates) > 1 else passed_over[0])
-    if ranks.is_main:
-        for path in set_aside_newer(folder, state.step):
-            logger.warning("set aside %s: it is later than the step %d that this run starts from", path, state.step)
-    return state, passed_over
+    if passed_over and used is None:
+        others = " (no older checkpoint is sound either)" if len(candidates) > 1 else ""
+        raise UserError(
+            f"{passed_over[0][1]}, so the checkpoint is damaged{others}: resume from another one with --resume PATH, or start anew with --resume none"
+        )
+    news = [f"passed over {path}, which is damaged ({text.removeprefix(f'{path}/')}): resumed from {used} instead" for path, text in passed_over]
+    # Checkpoints and metrics of this folder belong to the run up to the step that it goes on from, or not at all where that lies elsewhere.
+    own_steps = state.step if used is not None and used.resolve().parent == folder.resolve() else 0
+    why = "starting anew (--resume none)" if used is None else f"resumed from {used}"
+    if ranks.is_main and (passed_over or config.checkpoint.resume != "auto"):
+        news += set_aside_future(folder.parent, own_steps, why)
+    if used is not None and state.step == config.train.steps:
+        news.append(f"step {state.step} of train.steps={config.train.steps} is done already, in {used}: raise train.steps to train on")
+    for sentence in news:
+        logger.info("%s", sentence)
+    return state, news
+
+
+def require_steps_left(step: int, steps: int, checkpoint: Path) -> None:
+    """Raise UserError where a checkpoint lies beyond the last step that is to be trained: then neither is what was meant."""
+    if step > steps:
+        raise UserError(f"{checkpoint}: is at step {step}, beyond train.steps={steps}: raise train.steps, or give an earlier checkpoint with --resume PATH")
 
 
 def require_same_data(saved: Mapping[str, Any], fields: Mapping[str, str], checkpoint: Path) -> None:

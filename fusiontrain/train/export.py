@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 
-from fusiontrain.config.load import to_yaml
 from fusiontrain.data.tokenizer import Tokenizer, load_tokenizer
 from fusiontrain.models.base import exported_config, is_exported
 from fusiontrain.models.llama_weights import CONFIG_FILE, is_plain_llama, llama_config, llama_names, read_config_json
@@ -84,15 +83,15 @@ def export_model(
             described = exported_config(source.config.model.recipe, model.shape, files)
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         write_tokenizer_files(folder, source, tokenizer, kind)
-        if source.has_config and (kind == "fusiontrain" or source.config.model.recipe == "dense"):
-            _write_config(folder, source)
+        if source.config_text is not None and (kind == "fusiontrain" or source.config.model.recipe == "dense"):
+            _write_config(folder, source, source.config_text)
     parameters = sum(model.get_parameter(own).numel() for own in names.values())
     return Exported(out, kind, source.config.model.recipe, source.step, len(tensors), parameters, files)
 
 
-def _write_config(folder: Path, source: Source) -> None:
+def _write_config(folder: Path, source: Source, text: str) -> None:
     """The config as it was trained, and the autoencoder that it names: whoever loads the folder finds both there."""
-    (folder / CONFIG).write_text(to_yaml(source.config), encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
     vae = source.config.model.image.vae
     if vae is not None:
         shutil.copytree(vae, folder / VAE)

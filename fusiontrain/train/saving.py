@@ -44,7 +44,7 @@ class Saver:
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.checkpoint.timeout_seconds))
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._hold())
-        self._report = report
+        self._report, self._without_best = report, False
 
     def save(self, state: TrainState, values: Mapping[str, Any]) -> None:
         """Save, or begin to, after waiting for a save that is under way. values: the step's metrics.
@@ -59,6 +59,7 @@ class Saver:
             self._written.clear()
             ready = torch.cuda.current_stream().record_event() if self._ranks.device.type == "cuda" else None
             self._pending = self._thread.submit(self._in_background, state, values, ready)
+        self._say_if_never_best(state.step, values)
         self._stalled += time.perf_counter() - started
 
     def look(self) -> tuple[bool, float]:
@@ -87,6 +88,13 @@ class Saver:
             dist.destroy_process_group(self._group)
             self._group = None
 
+    def _say_if_never_best(self, step: int, values: Mapping[str, Any]) -> None:
+        """Once: the user may believe that the best checkpoint is kept."""
+        key = self._config.checkpoint.keep_best
+        if key is not None and key not in _finite(values) and not self._without_best:
+            self._without_best = True
+            self._report(f"step {step}: has no value of checkpoint.keep_best={key}: its checkpoint is not kept as the best; those of evaluated steps may be")
+
     def _hold(self) -> None:
         """Before the optimizer changes the tensors: let the thread read them to the end."""
         if self._pending is not None:
@@ -107,13 +115,16 @@ class Saver:
 
     def _write(self, state: TrainState, values: Mapping[str, Any]) -> str:
         started, config = time.perf_counter(), self._config
-        metrics = {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
         base = Path(config.model.base) if config.model.base is not None and config.checkpoint.frozen == "copy" else None
         path = save_checkpoint(
             Path(config.run.dir) / "checkpoints", state, self._tensors, self._identity, to_yaml(config), self._ranks, Retention.of(config.checkpoint),
-            metrics, self._group, self._written.set, base,
+            _finite(values), self._group, self._written.set, base,
         )  # fmt: skip
         return f"step {state.step}: saved {path} in {time.perf_counter() - started:.1f} s"
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def all_finite(tensors: Mapping[str, torch.Tensor]) -> bool:

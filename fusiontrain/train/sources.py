@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fusiontrain.config.load import load
+from fusiontrain.config.load import load, to_yaml
 from fusiontrain.config.schema import Config, KernelsConfig
 from fusiontrain.config.validate import SHAPE_FIELDS
 from fusiontrain.data.tokenizer import BYTES
@@ -35,7 +35,8 @@ class Source:
     """A model that is declared (its parameters have no memory) and where each of them is.
 
     config: as it was trained with, folders where they are now. dtypes: as stored, by parameter. read: name -> the whole parameter on the CPU.
-    step: None where that is not known. has_config: False for a Llama of others, whose config says no more than that it is one.
+    step: None where that is not known. config_text: the config.yaml that an export gets; None for a Llama of others, whose config says no more than
+    that it is one.
     """
 
     folder: Path
@@ -44,7 +45,11 @@ class Source:
     dtypes: Mapping[str, torch.dtype]
     read: Callable[[str], torch.Tensor]
     step: int | None = None
-    has_config: bool = True
+    config_text: str | None = None
+
+    @property
+    def has_config(self) -> bool:
+        return self.config_text is not None
 
 
 def open_source(path: str | Path, averaged: bool = False, device: torch.device = CPU) -> Source:
@@ -98,7 +103,7 @@ def open_checkpoint(checkpoint: Path, averaged: bool = False, device: torch.devi
         assert others is not None
         return others(name, parameters[name].shape, 0, len(parameters[name])).float()
 
-    return Source(checkpoint, config, model, dict.fromkeys(parameters, torch.float32), read, manifest["step"])
+    return Source(checkpoint, config, model, dict.fromkeys(parameters, torch.float32), read, manifest["step"], to_yaml(config))
 
 
 def open_folder(folder: Path, device: torch.device = CPU) -> Source:
@@ -112,7 +117,9 @@ def open_folder(folder: Path, device: torch.device = CPU) -> Source:
     model = declare_model(without_kernels(config), device)
     slices = base_slices(model, config.model)
     dtypes = {name: slices[name].dtype for name, _ in model.named_parameters()}
-    return Source(folder, config, model, dtypes, lambda name: slices[name].rows(0, slices[name].shape[0]), has_config=has_config)
+    # As it is, with the folders that the training named: a copy of an exported folder says the same of its origin.
+    text = (folder / CONFIG).read_text(encoding="utf-8") if has_config else None
+    return Source(folder, config, model, dtypes, lambda name: slices[name].rows(0, slices[name].shape[0]), config_text=text)
 
 
 def without_kernels(config: Config) -> Config:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ class Status:
     """One rank at one moment.
 
     tick: goes up with every writing. started: when the process began, in the system's ticks, since process ids come back. collectives: how many this
-    rank has begun, collective: the last one; failure: what it ended with, if it did. seconds: in this phase.
+    rank has begun, collective: the last one; failure: what it ended with, if it did; told: it says that itself. seconds: in this phase. written: when,
+    in seconds since 1970.
     """
 
     rank: int
@@ -33,6 +35,8 @@ class Status:
     collectives: int = 0
     collective: str = ""
     failure: str = ""
+    told: bool = False
+    written: float = 0.0
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -67,6 +71,11 @@ def read_statuses(logs: Path, world_size: int) -> dict[int, Status]:
     return found
 
 
+def failure_of(error: BaseException) -> str:
+    """What a status says of an error: its type and its first line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+
+
 def start_of(pid: int) -> str:
     """When a process began, as /proc has it: empty where it is not there (or there is no /proc, and it is)."""
     try:
@@ -94,9 +103,9 @@ def missing_ranks(world_size: int, host: str, before: Mapping[int, Status], now:
         elif status.failure:
             absent[rank] = f"which failed in {_where(status)} with {status.failure}"
         elif not status.alive(host):
-            absent[rank] = f"whose process {status.pid} on {status.host} is gone; it was in {_where(status)}"
+            absent[rank] = f"whose process {status.pid} on {status.host} is gone; {_last_heard(status)}"
         elif rank in before and before[rank].tick == status.tick:
-            absent[rank] = f"whose process {status.pid} on {status.host} is stopped or cut off; it was in {_where(status)}"
+            absent[rank] = f"whose process {status.pid} on {status.host} is stopped or cut off; {_last_heard(status)}"
     if absent:
         return absent
     furthest = max(status.place for status in now.values())
@@ -108,6 +117,11 @@ def missing_ranks(world_size: int, host: str, before: Mapping[int, Status], now:
         for rank, status in now.items()
         if status.place == least
     }
+
+
+def _last_heard(status: Status) -> str:
+    """Where a rank was that no longer writes: it may have gone on for a while after it last did."""
+    return f"it was last heard of in {_where(status)}, {max(0.0, time.time() - status.written):.0f} s ago"
 
 
 def _where(status: Status) -> str:

@@ -26,7 +26,8 @@ import torch
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.train.progress import START, Progress
 from fusiontrain.train.signals import REPORT_SIGNAL, STOP_SIGNALS, StopRequest
-from fusiontrain.train.status import Status, missing_ranks, own_start, read_statuses, sentence, speaker, status_path, write_status
+from fusiontrain.train.status import Status, failure_of, missing_ranks, own_start, read_statuses, sentence, speaker, status_path, write_status
+from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Watchdog:
         self._over.set()
         self._thread.join()
         if error is not None and self.ranks.world_size > 1:
-            self._write(failure=_first_line(error))
+            self._write(failure=failure_of(error), told=isinstance(error, UserError))
         else:
             with contextlib.suppress(OSError):
                 status_path(self.logs, self.ranks.rank).unlink(missing_ok=True)
@@ -169,11 +170,13 @@ class Watchdog:
 
     def _end_for_others(self, before: dict[int, Status]) -> None:
         """End with a sentence about the ranks that this one waits for. before: statuses of a while ago, empty where nothing was waited for."""
-        missing = missing_ranks(self.ranks.world_size, self.host, before, self._statuses())
+        statuses = self._statuses()
+        missing = missing_ranks(self.ranks.world_size, self.host, before, statuses)
         text = sentence(self._write(look=True), missing)
+        told = any(statuses[rank].told for rank in missing if rank in statuses)
         if before:
             text += f"; stacks and timings of the ranks that answered: {self.logs}/rank-*.report.txt"
-        self._end(text, speak=speaker(self.ranks.world_size, list(missing)) == self.ranks.rank)
+        self._end(text, speak=not told and speaker(self.ranks.world_size, list(missing)) == self.ranks.rank)
 
     def _end(self, text: str, speak: bool) -> None:
         logger.error("%s", text)
@@ -184,7 +187,7 @@ class Watchdog:
     def _statuses(self) -> dict[int, Status]:
         return read_statuses(self.logs, self.ranks.world_size)
 
-    def _write(self, look: bool = False, failure: str = "") -> Status:
+    def _write(self, look: bool = False, failure: str = "", told: bool = False) -> Status:
         """Write this rank's status, and return it. look: into the record of collectives too, which takes a moment."""
         progress = self.progress
         with self._writing:
@@ -192,7 +195,7 @@ class Watchdog:
                 self._collectives = last_collective()
             self._tick, self._written = self._tick + 1, time.monotonic()
             where = (progress.step, progress.phase, progress.phase_seconds())
-            status = Status(self.ranks.rank, self.host, os.getpid(), self._started, self._tick, *where, *self._collectives, failure)
+            status = Status(self.ranks.rank, self.host, os.getpid(), self._started, self._tick, *where, *self._collectives, failure, told, time.time())
             with contextlib.suppress(OSError):  # a full or absent disk: the training itself will say so
                 write_status(self.logs, status)
         return status
@@ -230,7 +233,3 @@ def end_now() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_FAILED)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

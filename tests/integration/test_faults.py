@@ -10,10 +10,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from fusiontrain.testing.runs import Recorder, trainer_of
 from fusiontrain.testing.training import world_config
 from fusiontrain.train.checkpoint import list_checkpoints, verify_checkpoint
 from fusiontrain.train.metrics import read_metrics
+from fusiontrain.utils.errors import UserError
 
 SOAK = Path(__file__).parents[1] / "soak"
 
@@ -89,6 +92,7 @@ def test_a_rank_that_no_longer_runs_is_named_and_every_rank_reports_when_asked(t
         run.close()
     (said,) = re.findall(r"^fusiontrain: error: (.*)$", run.output.read_text(), re.MULTILINE)
     assert re.match(rf"rank 0 waited \d+ s in .* of step \d+, gloo:\w+ number \d+ of group 0 for rank 1, whose process {ranks[1]} on ", said)
+    assert re.search(r"is stopped or cut off; it was last heard of in .* of step \d+, \d+ s ago", said)
 
 
 @pytest.mark.slow
@@ -146,6 +150,49 @@ def test_a_full_and_a_read_only_disk_end_a_run_with_one_sentence(tmp_path: Path,
     assert main(command) == 0
     assert f"from step {saved[-1]} to 20" in capsys.readouterr().err
     assert [line["step"] for line in read_metrics(small_disk / "run/metrics.jsonl")] == list(range(1, 21))
+
+
+class Breaker(Recorder):
+    """Breaks the disk as soon as the run knows that its first checkpoint is complete."""
+
+    def __init__(self, break_disk: Callable[[], object]) -> None:
+        super().__init__()
+        self.break_disk = break_disk
+
+    def event(self, text: str) -> None:
+        super().event(text)
+        if text.startswith("step 2: saved"):
+            self.break_disk()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_checkpoints_that_can_no_longer_be_written_end_a_run_and_the_last_one_stands(
+    tmp_path: Path, small_disk: Path, fault: str, asynchronous: bool
+) -> None:
+    """They have a disk of their own: metrics and logs can still be written. With room again, the run goes on from the last one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(small_disk)
+    filler = small_disk / "filler"
+    break_disk, mend = {
+        "full": (lambda: filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192)), filler.unlink),
+        "read-only": (lambda: remount(small_disk, "ro"), lambda: remount(small_disk, "rw")),
+    }[fault]
+    values = {"train.steps": 8, "checkpoint.every_steps": 2, "checkpoint.asynchronous": asynchronous, "evaluate.every_steps": None, "sample.prompts": ()}
+    config = world_config(tmp_path, values)
+    sentence = r"step-00000004: cannot be saved [^\n]*make room and run the same command again$"
+    with pytest.raises(UserError, match=sentence), trainer_of(config, Breaker(break_disk)) as trainer:
+        trainer.run()
+    (left,) = list_checkpoints(small_disk)
+    assert left.name == "step-00000002" and verify_checkpoint(left) == []
+    steps = [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and 4 <= len(steps) <= 6, "it ends when it knows"
+    mend()
+    recorder = Recorder()
+    with trainer_of(config, recorder) as trainer:
+        assert trainer.run()
+    assert "from 2 to 8" in recorder.events
+    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, 9))
 
 
 def test_training_goes_on_while_storage_is_slow_and_the_next_save_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from fusiontrain.cli.main import main
+from fusiontrain.config.load import to_yaml
 from fusiontrain.parallel.mesh import Ranks
+from fusiontrain.testing.configs import tiny_config
 from fusiontrain.train.checkpoint import (
     DamagedCheckpoint,
     foreign_files,
@@ -103,7 +105,7 @@ def test_a_foreign_file_is_named_and_does_no_harm(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     assert foreign_files(path) == []
     (path / "notes.txt").write_text("mine")
-    assert foreign_files(path) == [f"{path / 'notes.txt'}: does not belong to the checkpoint"]
+    assert foreign_files(path) == [f"{path / 'notes.txt'}: does not belong to the checkpoint: move it elsewhere, or delete it"]
     assert load_checkpoint(path, tensors(0.0), Ranks()).step == 3
 
 
@@ -264,3 +266,36 @@ def test_a_damaged_manifest_hides_no_other_checkpoint(tmp_path: Path, capsys: py
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert f"{first}/" in err and "is missing" in err and f"{second / 'manifest.json'}: is not readable" in err
+
+
+def test_what_is_incomplete_or_set_aside_is_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unfinished = [tmp_path / "checkpoints" / name for name in ("step-00000003", "step-00000004.tmp")]
+    for path in unfinished:
+        path.mkdir(parents=True)
+    assert main(["checkpoint", "list", str(tmp_path)]) == 2
+    assert "no complete checkpoint there (incomplete: step-00000003, step-00000004.tmp)" in capsys.readouterr().err
+    first, second = (save(tmp_path / "checkpoints", step) for step in (1, 2))
+    set_aside_newer(tmp_path / "checkpoints", 1)
+    unfinished[1].mkdir()  # the save has cleared it away
+    assert main(["checkpoint", "list", str(tmp_path), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["path"] for row in listed["checkpoints"]] == [str(first)]
+    assert (listed["incomplete"], listed["set_aside"]) == ([str(path) for path in unfinished], [f"{second}.stale"])
+    assert main(["checkpoint", "list", str(tmp_path / "checkpoints")]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{path}: incomplete (" in out for path in unfinished) and f"{second}.stale: set aside" in out
+    assert main(["checkpoint", "list", str(first), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["incomplete"] == [], "one was asked for"
+
+
+def test_the_best_by_a_metric_that_no_checkpoint_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = to_yaml(tiny_config({"checkpoint.keep_best": "validation/text", "checkpoint.keep_last": 1, "data.validation_sources": [{"path": "x"}]}))
+    for step, loss in enumerate((0.1, 0.9, 0.5), 1):
+        save_checkpoint(tmp_path, TrainState(step=step), tensors(0.0), MODEL, config, Ranks(), ALL, {"loss": loss, "validation/image": loss})
+    for asked, where in ((["--keep-best", "validation/imge"], "--keep-best validation/imge"), ([], "checkpoint.keep_best validation/text")):
+        assert main(["checkpoint", "prune", str(tmp_path), *asked]) == 2
+        err = capsys.readouterr().err
+        assert f"{where}: no checkpoint in {tmp_path} has a value of that name" in err and "such as validation/image" in err
+    assert len(names(tmp_path)) == 3
+    assert main(["checkpoint", "prune", str(tmp_path / "step-00000003"), "--keep-best", "validation/image"]) == 0
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]

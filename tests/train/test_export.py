@@ -213,6 +213,18 @@ def test_weights_may_be_loaded_in_half_the_size(exported):
     assert loaded.sample("a red circle", steps=2).size == (8, 8)
 
 
+@pytest.mark.parametrize("device", ["cudaa", "cuda:99", "mps", 3.5])
+def test_a_device_that_is_not_there_is_one_sentence(exported, device):
+    with pytest.raises(UserError, match=rf"^device '{device}': .*give (cpu|cuda|device='cpu')[^\n]*$"):
+        fusiontrain.load(exported, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_cuda_device_without_cuda_is_one_sentence(exported):
+    with pytest.raises(UserError, match=r"^device 'cuda': torch sees no CUDA device here: give device='cpu', or see `fusiontrain doctor`$"):
+        fusiontrain.load(exported, device="cuda")
+
+
 def test_averages_are_exported_where_asked_for(fused, tmp_path, capsys):
     folder, _, model = fused
     run(capsys, "export", str(folder / "run"), "--out", str(tmp_path / "out"), "--ema")
@@ -235,9 +247,9 @@ def test_export_import_export_keeps_every_byte(fused, exported, tmp_path, capsys
         run(capsys, "export", base, "--format", kind, "--out", last, "--max-shard-size", "30KB")
         names = sorted(path.name for path in Path(first).iterdir())
         assert names == sorted(path.name for path in Path(last).iterdir())
+        assert ("config.yaml" in names) == (kind == "fusiontrain")
         for name in names:
-            if name != "config.yaml":  # the names of the folders in between
-                assert Path(first, name).read_bytes() == Path(last, name).read_bytes(), name
+            assert Path(first, name).read_bytes() == Path(last, name).read_bytes(), name
 
 
 def test_a_run_starts_from_an_exported_model_of_its_recipe(exported, fused):

@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ class Run:
     """A few parameters, an optimizer whose every step changes all of them, and their saver."""
 
     def __init__(
-        self, folder: Path, asynchronous: bool = True, elements: int = 1000, ranks: Ranks | None = None, patience: int = 120
-    ) -> None:  # fmt: skip
+        self, folder: Path, asynchronous: bool = True, elements: int = 1000, ranks: Ranks | None = None, overrides: dict[str, Any] | None = None
+    ) -> None:
         self.ranks = ranks or Ranks()
         names = [f"{name}.of-{self.ranks.rank}" for name in ("first", "second")]
         self.parameters = {name: torch.nn.Parameter(torch.zeros(elements)) for name in names}
@@ -37,8 +38,7 @@ class Run:
             parameter.grad = torch.ones(elements)
         self.tensors = {"model": {k: v.detach() for k, v in self.parameters.items()}, "optimizer": optimizer_tensors(self.optimizer, self.parameters)}
         self.events: list[str] = []
-        settings = {"checkpoint.asynchronous": asynchronous, "checkpoint.keep_last": 2, "checkpoint.timeout_seconds": patience, **IMPATIENT}
-        config = tiny_config({"run.dir": str(folder), **settings})
+        config = tiny_config({"run.dir": str(folder), "checkpoint.asynchronous": asynchronous, "checkpoint.keep_last": 2, **(overrides or {})})
         self.saver = Saver(config, self.ranks, self.tensors, {}, self.optimizer, self.events.append)
 
     def held(self) -> dict[str, torch.Tensor]:
@@ -144,7 +144,7 @@ def save_to_slow_storage(folder: str, asynchronous: bool, patience: int = 120) -
     ranks = read_ranks()
     with process_group(ranks, tiny_config(IMPATIENT).parallel), pytest.MonkeyPatch.context() as patch:
         patch.setattr(save, "publish", lambda *paths: (time.sleep(5), publish(*paths)))
-        run = Run(Path(folder), asynchronous, ranks=ranks, patience=patience)
+        run = Run(Path(folder), asynchronous, ranks=ranks, overrides={**IMPATIENT, "checkpoint.timeout_seconds": patience})
         try:
             run.saver.save(TrainState(step=1), {})
             run.saver.wait()
@@ -153,6 +153,16 @@ def save_to_slow_storage(folder: str, asynchronous: bool, patience: int = 120) -
         finally:
             run.saver.close()
         return run.events[0]
+
+
+def test_a_best_that_is_never_known_is_said_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, asynchronous=False, overrides={"checkpoint.keep_best": "validation/image", "checkpoint.keep_last": 1})
+    for step, values in enumerate(({"validation/image": 0.5}, {"loss": 1.0}, {"validation/image": float("nan")}), 1):
+        run.saver.save(TrainState(step=step), values)
+    run.saver.close()
+    said = [event for event in run.events if "saved" not in event]
+    assert len(said) == 1 and said[0].startswith("step 2: has no value of checkpoint.keep_best=validation/image")
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001", "step-00000003"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

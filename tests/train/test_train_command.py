@@ -53,9 +53,20 @@ def test_train_then_list_and_verify(config_file: Path, capsys: pytest.CaptureFix
     assert "from step 1 to 2" in capsys.readouterr().err
     assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [1, 2]
 
+    assert main(["train", str(config_file)]) == 0
+    last = run_dir / "checkpoints/step-00000002"
+    assert f"step 2 of train.steps=2 is done already, in {last}: raise train.steps" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and "logs" not in path.parts}
+    assert main(["train", str(config_file), "train.steps=1"]) == 2
+    assert f"{last}: is at step 2, beyond train.steps=1: raise train.steps, or give an earlier checkpoint" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items()), "nothing was begun"
+
     assert main(["train", str(config_file), "--resume", "none"]) == 0
-    assert "from step 0 to 2" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "from step 0 to 2" in err
+    assert f"starting anew (--resume none): what {run_dir} held of later steps (2 checkpoints, lines of metrics) is set aside under names that end in" in err
     assert (run_dir / "checkpoints/step-00000001.stale").is_dir(), "the older run's checkpoints are set aside, not lost"
+    assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl.stale")] == [1, 2], "and so are its metrics"
 
     assert main(["checkpoint", "list", str(run_dir), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["checkpoints"]

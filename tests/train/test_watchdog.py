@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +14,19 @@ import torch
 
 from fusiontrain.parallel.mesh import Ranks, read_ranks
 from fusiontrain.testing.ranks import shared_pool
+from fusiontrain.train import status as status_module
 from fusiontrain.train.progress import PHASES, Progress
 from fusiontrain.train.signals import StopRequest
 from fusiontrain.train.status import Status, missing_ranks, own_start, read_statuses, sentence, speaker, write_status
 from fusiontrain.train.watchdog import Watchdog, last_collective
 
 HOST = socket.gethostname()
+WRITTEN = 1_800_000_000.0
 
 
 def status(rank: int, tick: int = 1, phase: str = "forward and backward", **values) -> Status:
-    return Status(**{"rank": rank, "host": HOST, "pid": os.getpid(), "started": own_start(), "tick": tick, "step": 7, "phase": phase, "seconds": 9.0, **values})
+    here = {"rank": rank, "host": HOST, "pid": os.getpid(), "started": own_start(), "written": WRITTEN}
+    return Status(**{**here, "tick": tick, "step": 7, "phase": phase, "seconds": 9.0, **values})
 
 
 def later(*statuses: Status, silent: tuple[int, ...] = ()) -> tuple[dict[int, Status], dict[int, Status]]:
@@ -35,8 +40,8 @@ def later(*statuses: Status, silent: tuple[int, ...] = ()) -> tuple[dict[int, St
         ([status(0), status(1, phase="data")], (), {1: "has been in data of step 7 for 9 s"}),
         ([status(0, collectives=12), status(1, collectives=11)], (), {1: "has been in forward and backward of step 7"}),
         ([status(0), status(1, step=6, phase="save")], (), {1: "save of step 6"}),
-        ([status(0, phase="data"), status(1)], (1,), {1: "is stopped or cut off"}),
-        ([status(0), status(1, started="1")], (), {1: f"process {os.getpid()} on {HOST} is gone"}),
+        ([status(0, phase="data"), status(1)], (1,), {1: "is stopped or cut off; it was last heard of in forward and backward of step 7, 40 s ago"}),
+        ([status(0), status(1, started="1")], (), {1: f"process {os.getpid()} on {HOST} is gone; it was last heard of in forward and backward of step 7, 40"}),
         ([status(0), status(1, host="other", started="1", phase="optimizer")], (), {0: "forward and backward"}),
         ([status(0), status(1, failure="ValueError: no")], (), {1: "failed in forward and backward of step 7 with ValueError: no"}),
         ([status(0), status(2)], (), {1: "has written nothing"}),
@@ -44,7 +49,10 @@ def later(*statuses: Status, silent: tuple[int, ...] = ()) -> tuple[dict[int, St
     ],
     ids=["data", "collective", "step", "silent", "gone", "elsewhere", "failed", "nothing", "nobody"],
 )
-def test_the_ranks_that_others_wait_for(ranks: list[Status], silent: tuple[int, ...], expected: dict[int, str]) -> None:
+def test_the_ranks_that_others_wait_for(
+    ranks: list[Status], silent: tuple[int, ...], expected: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_module.time, "time", lambda: WRITTEN + 40.4)
     world_size = max(one.rank for one in ranks) + 1
     missing = missing_ranks(world_size, HOST, *later(*ranks, silent=silent))
     assert missing.keys() == expected.keys()
@@ -105,3 +113,31 @@ def test_an_error_of_ones_own_ends_nothing(tmp_path: Path) -> None:
     with Watchdog(tmp_path, Ranks(0, 2), Progress(), StopRequest(), 60, 60, print) as watchdog:
         watchdog.end_if_lost(ValueError("Connection closed"))
         watchdog.end_if_lost(RuntimeError("shape '[3]' is invalid"))
+
+
+def hang(logs: Path, rank: int, phases: tuple[str, ...], said: int) -> None:
+    """The end of a forked child: a rank of two that enters `phases` of step 7 and stays in the last one; what it says goes to a pipe."""
+    progress = Progress()
+    with Watchdog(logs.parent, Ranks(rank, 2), progress, StopRequest(), 1.0, 60, lambda text: os.write(said, text.encode()) and None):
+        for phase in phases:
+            progress.enter(phase, 7)
+        time.sleep(60)
+    os._exit(0)
+
+
+def test_a_rank_that_hangs_ends_all_and_is_named_once(tmp_path: Path) -> None:
+    """Rank 1 waits for data for ever, and rank 0 for rank 1, in something that has no limit of its own."""
+    (tmp_path / "logs").mkdir()
+    heard, said = os.pipe()
+    children = []
+    for rank, phases in enumerate((("optimizer", "forward and backward"), ("optimizer", "data"))):
+        children.append(os.fork())
+        if children[-1] == 0:
+            hang(tmp_path / "logs", rank, phases, said)
+    os.close(said)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [1, 1], "they did not sleep to the end"
+    with os.fdopen(heard) as pipe:
+        text = pipe.read()
+    assert re.match(r"rank 0 waited \d+ s in forward and backward of step 7 for rank 1, ", text)
+    assert f"whose process {children[1]} on {HOST} has been in data of step 7 for " in text
+    assert text.count("rank 0 waited") == 1 and "rank 1 waited" not in text and "rank 1 has been" not in text

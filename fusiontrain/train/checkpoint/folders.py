@@ -59,13 +59,26 @@ def set_aside_newer(checkpoints: Path, step: int) -> list[Path]:
 
     A run that goes back leaves the future it had; without this, the next `--resume auto` would jump into it.
     """
-    stale = []
-    for path in list_checkpoints(checkpoints):
-        if checkpoint_step(path) > step:
-            endings = itertools.chain([".stale"], (f".stale-{number}" for number in itertools.count(2)))
-            free = next(name for name in map(path.name.__add__, endings) if not path.with_name(name).exists())
-            stale.append(path.rename(path.with_name(free)))
-    return stale
+    return [path.rename(stale_name(path)) for path in list_checkpoints(checkpoints) if checkpoint_step(path) > step]
+
+
+def stale_name(path: Path) -> Path:
+    """The first free name that a file or folder can be set aside under."""
+    endings = itertools.chain([".stale"], (f".stale-{number}" for number in itertools.count(2)))
+    return next(free for free in (path.with_name(path.name + ending) for ending in endings) if not free.exists())
+
+
+def incomplete(checkpoints: Path) -> list[Path]:
+    """Folders of checkpoints that are being written or deleted, or whose save or deletion did not end: `*.tmp`, and those without a manifest."""
+    folders = (path for path in checkpoints.glob("step-*") if path.is_dir()) if checkpoints.is_dir() else ()
+    return sorted(
+        path for path in folders if path.name.endswith(".tmp") or (STEP_FOLDER.fullmatch(path.name) and not (path / MANIFEST).is_file())
+    )
+
+
+def set_aside(checkpoints: Path) -> list[Path]:
+    """Checkpoints that `set_aside_newer` renamed."""
+    return sorted(path for path in checkpoints.glob("step-*.stale*") if path.is_dir())
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -85,7 +98,7 @@ def publish(partial: Path, final: Path) -> None:
 def prune(checkpoints: Path, keep: Retention, dry_run: bool = False) -> list[Path]:
     """Delete the checkpoints that `keep` has no reason for, and return them. A folder loses its name first, so it is never half there."""
     numbered = [(checkpoint_step(path), path) for path in list_checkpoints(checkpoints)]
-    gone = superfluous(numbered, keep, _metrics_of)
+    gone = superfluous(numbered, keep, metrics_of)
     if not dry_run:
         for path in gone:
             shutil.rmtree(path.rename(path.with_name(path.name + ".tmp")), ignore_errors=True)
@@ -98,7 +111,8 @@ def clear_leftovers(checkpoints: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _metrics_of(checkpoint: Path) -> Mapping[str, float]:
+def metrics_of(checkpoint: Path) -> Mapping[str, float]:
+    """What the run's metrics were at the step of a checkpoint; empty for a damaged one."""
     try:
         return read_manifest(checkpoint)["metrics"]
     except UserError:  # damaged: no reason to keep it, and none to end the run

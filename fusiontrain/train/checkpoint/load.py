@@ -50,4 +50,4 @@ def _require_sound(problems: list[str]) -> None:
     """Raise DamagedCheckpoint on all ranks for the first problem of any."""
     everyone = [line for part in gather_objects(problems) for line in part]
     if everyone:
-        raise DamagedCheckpoint(f"{everyone[0]}: the checkpoint is damaged, resume from another one with --resume PATH")
+        raise DamagedCheckpoint(everyone[0])

@@ -48,4 +48,4 @@ def foreign_files(checkpoint: Path) -> list[str]:
     """A sentence for every file in the folder that the manifest does not name. They do no harm to a resume, but nobody wrote them there."""
     known = {MANIFEST, *read_manifest(checkpoint)["files"]}
     found = (path for path in sorted(checkpoint.rglob("*")) if not path.is_dir())
-    return [f"{path}: does not belong to the checkpoint" for path in found if str(path.relative_to(checkpoint)) not in known]
+    return [f"{path}: does not belong to the checkpoint: move it elsewhere, or delete it" for path in found if str(path.relative_to(checkpoint)) not in known]
