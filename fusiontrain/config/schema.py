@@ -251,8 +251,8 @@ class KernelsConfig(Section):
     gemm: Literal["auto", "reference", "segments", "grouped_mm", "triton"] | None = Field(
         None, description="segments: one GEMM per modality; grouped_mm: torch's own; triton: one launch, with SwiGLU in it where swiglu is triton too"
     )
-    norm: Literal["auto", "reference", "triton"] | None = Field(None, description="triton: the residual is added in the same pass")
-    rope: Literal["auto", "reference", "triton"] | None = None
+    norm: Literal["auto", "reference", "eager", "triton"] | None = Field(None, description="triton: the residual is added in the same pass")
+    rope: Literal["auto", "reference", "eager", "triton"] | None = None
     swiglu: Literal["auto", "reference", "triton"] | None = None
     cross_entropy: Literal["auto", "reference", "chunked", "triton"] | None = Field(
         None, description="chunked and triton never hold the logits of all rows; reference does"
