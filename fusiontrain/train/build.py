@@ -14,7 +14,7 @@ from fusiontrain.config.validate import file_problems
 from fusiontrain.data.index.cache import prepare_sources
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.stream import StreamLoader
-from fusiontrain.data.tokenizer import load_tokenizer
+from fusiontrain.data.tokenizer import load_tokenizer, require_room
 from fusiontrain.models.build import declare_model, first_weights
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.deepspeed import start_zero
@@ -79,6 +79,7 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     if config.data.validation_sources:
         validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size, loader.workers if isinstance(loader, Loader) else None)
     model = declare_model(config, ranks.device)
+    require_room(config, tokenizer, model.shape.vocab_size)
     if ranks.is_main:
         logger.info("%s", model.kernels.origin)
     stop.check()
