@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-slurm lint aot soak clean
+.PHONY: setup quickstart test test-slurm recipes lint aot soak clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,11 @@ test: $(STAMP)
 # A Slurm of two nodes on this machine, preempting, requeueing and cancelling real jobs: minutes. `tests/launch/mini_slurm.sh install` brings Slurm.
 test-slurm: $(STAMP)
 	FUSIONTRAIN_TEST_SLURM=1 $(BIN)/python -m pytest tests/launch/test_slurm.py
+
+# The README's table of recipes, from the results of their tests, failures and all.
+recipes: $(STAMP)
+	-$(BIN)/python -m pytest tests/integration/test_recipes.py --junitxml runs/recipes.xml
+	PYTHONPATH=.:kernels $(BIN)/python tests/repo/recipe_table.py runs/recipes.xml README.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,6 +20,10 @@ from fusiontrain.cli.doctor_machine import GIB, Check
 
 MINIMUM_PYTHON, MINIMUM_TORCH = (3, 11), (2, 11)
 ENOUGH_MEMORY_GIB = 6
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container's limit stands, under cgroups of version 2 and 1."""
+MEETING_SECONDS = 60
+"""How long the ranks wait for each other."""
 
 NEEDED = ("transformers", "webdataset", "tensorboard", "pydantic", "omegaconf", "pillow", "numpy", "safetensors", "tokenizers", "rich")
 OPTIONAL = {
@@ -99,7 +103,7 @@ def _over_ranks(folder: Path, quick: bool) -> tuple[list[Check], bool]:
         return list(examine(folder, quick)), True
     own = list(examine(folder, quick))
     try:
-        with process_group(ranks, ParallelConfig(timeout_seconds=60)):
+        with process_group(ranks, ParallelConfig(timeout_seconds=MEETING_SECONDS)):
             together = list(over_ranks(ranks, folder, quick))
             return [*merge(gather_objects(own)), *together], ranks.is_main
     except RuntimeError as error:
@@ -239,7 +243,7 @@ def _memory_gib() -> float | None:
     limits = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for limit in MEMORY_LIMITS:
         text = Path(limit).read_text().strip() if Path(limit).is_file() else ""
         limits += [int(text)] if text.isdigit() else []
     return min(limits) / GIB if limits else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -16,6 +17,8 @@ from fusiontrain.modality import MODALITY_NAMES
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+logger = logging.getLogger(__name__)
+
 SAVED = re.compile(r"step (\d+): saved ")
 """How an event begins that tells of a checkpoint."""
 REFRESHES_PER_SECOND = 2
@@ -23,9 +26,9 @@ BAR_WIDTH = 32
 
 
 def make_reporter(is_main: bool) -> SilentReporter:
-    """A live view on a terminal, plain lines elsewhere, nothing on ranks other than the main one."""
+    """A live view on a terminal, plain lines elsewhere, nothing but the log on ranks other than the main one."""
     if not is_main:
-        return SilentReporter()
+        return LogReporter()
     return LiveReporter() if sys.stderr.isatty() else PlainReporter()
 
 
@@ -48,7 +51,17 @@ class SilentReporter:
         pass
 
 
-class PlainReporter(SilentReporter):
+class LogReporter(SilentReporter):
+    """Where a run begins and what happens in it, in `logs/rank-N.log` of the run folder."""
+
+    def started(self, step: int, steps: int, run_dir: Path) -> None:
+        self.event(f"training {run_dir} from step {step} to {steps}")
+
+    def event(self, text: str) -> None:
+        logger.info(text)
+
+
+class PlainReporter(LogReporter):
     """One line per `train.log_every_steps`, for log files: `step 100/2000 loss 1.2345 text 0.9 image 0.1 ... eta 2:03`."""
 
     def indexing(self, done: int, total: int) -> None:
@@ -58,7 +71,7 @@ class PlainReporter(SilentReporter):
     def started(self, step: int, steps: int, run_dir: Path) -> None:
         self.steps = steps
         self.eta = Eta(step, steps)
-        note(f"training {run_dir} from step {step} to {steps}")
+        super().started(step, steps, run_dir)
 
     def step(self, values: Mapping[str, Any], due: bool) -> None:
         left = self.eta.update(values["step"])
@@ -66,10 +79,11 @@ class PlainReporter(SilentReporter):
             note(f"step {values['step']}/{self.steps} {describe_step(values)} {describe_pace(values)} eta {format_seconds(left)}")
 
     def event(self, text: str) -> None:
+        super().event(text)
         note(text)
 
 
-class LiveReporter(SilentReporter):
+class LiveReporter(LogReporter):
     """A few lines that redraw themselves at the bottom of the terminal, with events above them: progress, losses, pace, the last checkpoint."""
 
     def __init__(self) -> None:
@@ -92,7 +106,7 @@ class LiveReporter(SilentReporter):
         self.eta = Eta(step, steps)
         self.what, self.done, self.total = str(run_dir), step, steps
         self.live.start()
-        self.event(f"training {run_dir} from step {step} to {steps}")
+        super().started(step, steps, run_dir)
 
     def step(self, values: Mapping[str, Any], due: bool) -> None:
         self.left = self.eta.update(values["step"])
@@ -101,6 +115,7 @@ class LiveReporter(SilentReporter):
         self.done = values["step"]
 
     def event(self, text: str) -> None:
+        super().event(text)
         if found := SAVED.match(text):
             self.saved = (found.group(1), time.monotonic())
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`fusiontrain sample`: pictures from text, text from pictures, or both in turns, written to a folder."""
+"""`fusiontrain sample`: pictures from text, text from pictures or from text, or all in turns, written to a folder."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help=f"gets the pictures, {SHEET} and {RECORD}")
     parser.add_argument(
         "--mode",
-        choices=("auto", "paint", "caption", "interleave"),
+        choices=("auto", *MODES),
         default="auto",
-        help="auto: prompts alone are painted, pictures alone are captioned, both together are one document to go on with",
+        help="auto: prompts alone are painted, or continued by a model of text; pictures alone are captioned; both are one document to go on with",
     )
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none (default: the config's)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the config's)")
@@ -51,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, help="of noise and of text drawn at a temperature (default: the config's)")
     parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
+    parser.add_argument("--latents", type=int, metavar="CELLS", help="paint latents of CELLS x CELLS, of a model trained on latents: .latent.npy files")
     parser.add_argument("--max-images", type=int, default=4, help="new pictures of an interleaved document (default: 4)")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (train.ema_decay)")
     add_json_argument(parser)
@@ -66,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
     pieces = [value if kind == "prompt" else load_picture(value) for kind, value in args.pieces]
     trained = load_for_inference(args.checkpoint, args.ema)
+    if mode == "paint" and args.mode == "auto" and not trained.has_images:
+        mode = "write"
+    if args.latents is not None and mode != "paint":
+        raise UserError("sample: --latents is for painting: give --prompt alone, and a model that was trained on latents")
     out = _folder(args.out)
     samples, pictures, captions = MODES[mode](args, trained, pieces)
     record = {"checkpoint": str(trained.checkpoint), "mode": mode, **asdict(_sampling(args, trained)), "samples": samples}
@@ -84,15 +89,15 @@ def _mode(args: argparse.Namespace) -> str:
     mode = args.mode
     if mode == "auto":
         mode = "interleave" if len(kinds) == 2 else "paint" if "prompt" in kinds else "caption"
-    if mode == "paint" and kinds != {"prompt"}:
-        raise UserError("sample: --mode paint takes --prompt only: leave --image out, or use --mode interleave")
+    if mode in ("paint", "write", "speak") and kinds != {"prompt"}:
+        raise UserError(f"sample: --mode {mode} takes --prompt only: leave --image out, or use --mode interleave")
     if mode == "caption" and kinds != {"image"}:
         raise UserError("sample: --mode caption takes --image only: leave --prompt out, or use --mode interleave")
     return mode
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("steps", 1), ("guidance", 0), ("seed", 0), ("temperature", 0), ("max_new_tokens", 1), ("max_images", 0)):
+    for name, least in (("steps", 1), ("guidance", 0), ("seed", 0), ("temperature", 0), ("max_new_tokens", 1), ("max_images", 0), ("latents", 1)):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be a number of at least {least}")
@@ -107,15 +112,29 @@ def _sampling(args: argparse.Namespace, trained: Trained) -> Sampling:
 
 
 Result = tuple[list[dict[str, Any]], list["np.ndarray"], list[str]]
-"""Records of the samples, the new pictures that their "file" entries name, and what the contact sheet says under each."""
+"""Records of the samples, the new pictures or latents that their "file" entries name, and what the contact sheet says under each."""
 
 
 def _paint(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
-    if trained.writes_codes:
+    if trained.writes_codes and args.latents is None:
         images = trained.paint_codes(prompts, _sampling(args, trained))
         return [{"prompt": prompt, "codes": codes} for prompt, codes in zip(prompts, images, strict=True)], [], []
-    pictures = trained.paint(prompts, _sampling(args, trained))
-    return [{"prompt": prompt, "file": _file(number)} for number, prompt in enumerate(prompts)], pictures, list(prompts)
+    if args.latents is not None:
+        pictures = trained.paint_latents(prompts, _sampling(args, trained), args.latents)
+    else:
+        pictures = trained.paint(prompts, _sampling(args, trained))
+    files = [_file(number, picture) for number, picture in enumerate(pictures)]
+    return [{"prompt": prompt, "file": file} for prompt, file in zip(prompts, files, strict=True)], pictures, list(prompts)
+
+
+def _continue(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
+    texts = trained.write(prompts, _sampling(args, trained))
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)], [], []
+
+
+def _speak(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
+    units = trained.speak(prompts, _sampling(args, trained))
+    return [{"prompt": prompt, "units": spoken} for prompt, spoken in zip(prompts, units, strict=True)], [], []
 
 
 def _caption(args: argparse.Namespace, trained: Trained, pictures: Sequence[np.ndarray]) -> Result:
@@ -141,14 +160,14 @@ def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any
             pieces.append({"text": piece})
             before = f"{before} {piece}".strip()
         else:
-            pieces.append({"file": _file(len(pictures))})
+            pieces.append({"file": _file(len(pictures), piece)})
             pictures.append(piece)
             captions.append(before)
             before = ""
     return [{"prompt": [{kind: value} for kind, value in args.pieces], "pieces": pieces}], pictures, captions
 
 
-MODES: dict[str, Callable[..., Result]] = {"paint": _paint, "caption": _caption, "interleave": _interleave}
+MODES: dict[str, Callable[..., Result]] = {"paint": _paint, "write": _continue, "speak": _speak, "caption": _caption, "interleave": _interleave}
 
 
 def _folder(path: str) -> Path:
@@ -165,11 +184,15 @@ def _not_writable(out: Path, error: OSError) -> UserError:
     return UserError(f"--out {out}: cannot be written ({error.strerror or error})")
 
 
-def _file(number: int) -> str:
-    return f"{number:03d}.png"
+def _file(number: int, picture: np.ndarray) -> str:
+    """The name of a picture [H, W, 3] uint8 or of a latent [C, H, W] float32."""
+    from fusiontrain.data.formats.pieces import LATENT_SUFFIX
+
+    return f"{number:03d}.png" if picture.dtype == "uint8" else f"{number:03d}.{LATENT_SUFFIX}"
 
 
 def _write(out: Path, record: dict[str, Any], pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    import numpy as np
     from PIL import Image
 
     from fusiontrain.generate.pictures import contact_sheet
@@ -177,8 +200,9 @@ def _write(out: Path, record: dict[str, Any], pictures: Sequence[np.ndarray], ca
     try:
         (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for number, picture in enumerate(pictures if record["mode"] != "caption" else ()):
-            Image.fromarray(picture).save(out / _file(number))
-        if len(pictures):
+            path = out / _file(number, picture)
+            np.save(path, picture) if path.suffix == ".npy" else Image.fromarray(picture).save(path)
+        if len(pictures) and pictures[0].dtype == "uint8":
             contact_sheet(pictures, captions).save(out / SHEET)
     except OSError as error:
         raise _not_writable(out, error) from error
@@ -189,6 +213,10 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     for sample in record["samples"]:
         if record["mode"] == "paint":
             lines.append(f"{out / sample['file'] if 'file' in sample else _codes(sample)}: {sample['prompt']}")
+        elif record["mode"] == "write":
+            lines.append(sample["prompt"] + sample["text"])
+        elif record["mode"] == "speak":
+            lines.append(f"{len(sample['units'])} units in {RECORD}: {sample['prompt']}")
         elif record["mode"] == "caption":
             lines.append(f"{sample['image']}: {sample['text']}")
         else:

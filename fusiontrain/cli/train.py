@@ -16,6 +16,8 @@ from fusiontrain.utils.orphans import die_with_parent
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """Reading never fails like this, so it is the run folder."""
 
+logger = logging.getLogger(__name__)
+
 
 def add_parser(subparsers: Any) -> None:
     """Adds `train` to the program's subparsers."""
@@ -50,8 +52,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         with stop_on_signals() as stop, process_group(ranks, config.parallel):
             return 2 if others_failed() else _hold_and_train(config, ranks, stop, args.json)
-    except Told:
+    except Told as told:
+        logger.error("the run ended: %s", told.__cause__)
         return 2
+    except Exception:
+        logger.exception("the run ended with an error")
+        raise
     finally:
         close_log(log)
 

@@ -251,8 +251,8 @@ class KernelsConfig(Section):
     gemm: Literal["auto", "reference", "segments", "grouped_mm", "triton"] | None = Field(
         None, description="segments: one GEMM per modality; grouped_mm: torch's own; triton: one launch, with SwiGLU in it where swiglu is triton too"
     )
-    norm: Literal["auto", "reference", "triton"] | None = Field(None, description="triton: the residual is added in the same pass")
-    rope: Literal["auto", "reference", "triton"] | None = None
+    norm: Literal["auto", "reference", "eager", "triton"] | None = Field(None, description="triton: the residual is added in the same pass")
+    rope: Literal["auto", "reference", "eager", "triton"] | None = None
     swiglu: Literal["auto", "reference", "triton"] | None = None
     cross_entropy: Literal["auto", "reference", "chunked", "triton"] | None = Field(
         None, description="chunked and triton never hold the logits of all rows; reference does"
@@ -271,6 +271,7 @@ class CheckpointConfig(Section):
     frozen: Literal["reference", "copy"] = Field(
         "reference", description="frozen weights of model.base: by path and hash; copy: stored too, so that nothing needs the base any more"
     )
+    timeout_seconds: int = Field(1800, ge=1, description="a save in which a rank waits longer for another, as on slow storage, ends the run")
     grace_seconds: float = Field(
         240, gt=0, description="a run that is asked to stop and has not saved and left after so long ends; less than the scheduler's own patience"
     )

@@ -115,8 +115,6 @@ def _speech(config: Config) -> Iterator[Problem]:
     tokens = (config.data.tokenizer.begin_speech_token, config.data.tokenizer.end_speech_token)
     if None in tokens:
         yield Problem("data.tokenizer.begin_speech_token", "is not set, or end_speech_token is not; speech stands between the two: name tokens")
-    if config.model.base is not None:
-        yield Problem("data.modalities", "units of speech are tokens that no base has; set model.base to null and give the model's shape")
     if config.data.mode == "stream":
         yield Problem("data.mode", "is stream, which reads no speech; set it to planned")
 
@@ -129,8 +127,6 @@ def _codes(config: Config) -> Iterator[Problem]:
     key = "data.image.representation"
     if config.model.recipe not in ("dense", "mot", "chameleon"):
         yield Problem(key, f"codes are tokens, which the dense, mot and chameleon recipes learn; {config.model.recipe} needs pixels or latents")
-    if config.model.base is not None:
-        yield Problem(key, "codes need tokens that no base has; set model.base to null and give the model's shape")
     if config.data.image.codebook_size is None:
         yield Problem("data.image.codebook_size", "is not set; with codes it is one more than the largest of them")
 
@@ -296,6 +292,8 @@ def _sampling(config: Config) -> Iterator[Problem]:
         yield Problem("objective.prediction", f"is {objective.prediction}, but flow_matching predicts the velocity in any case; set it to eps")
     if objective.image == "ddpm" and sample.steps > objective.num_timesteps:
         yield Problem("sample.steps", f"{sample.steps} is more than objective.num_timesteps={objective.num_timesteps}; lower it")
+    if sample.prompts and config.data.image.representation == "latents":
+        yield Problem("sample.prompts", "latents are no pictures that a run could show; set it to [], and paint latents with `fusiontrain sample --latents`")
     if sample.prompts and sample.guidance != 1 and config.data.condition_dropout == 0:
         yield Problem(
             "sample.guidance",

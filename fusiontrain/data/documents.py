@@ -19,7 +19,7 @@ from fusiontrain.data.errors import CHANGED, BadSample
 from fusiontrain.data.formats.pieces import Fields, Piece, Sample, is_speech
 from fusiontrain.data.index.shard_index import IMAGE_PIECE, SPEECH_PIECE, TEXT_PIECE
 from fusiontrain.data.modalities.image import decode_codes, image_segment
-from fusiontrain.data.modalities.speech import decode_units, num_codes
+from fusiontrain.data.modalities.speech import decode_units
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.modality import IMAGE, SPEECH, TEXT
 from fusiontrain.types import Document, Segment, SourceRef
@@ -168,14 +168,14 @@ def build_document(sample: Sample, read: Fields, places: Sequence[Place], cut: b
             units = decode_units(read(piece.image), data.speech.num_units or 0)
             _require(len(units) == place.num_tokens, "speech", len(units), place.num_tokens)
             text.append((tokenizer.begin_speech_id,))
-            segments += [_text(text), Segment(SPEECH.name, token_ids=tokenizer.vocab_size + num_codes(data) + units)]
+            segments += [_text(text), Segment(SPEECH.name, token_ids=tokenizer.speech_ids(units, data))]
             text = [(tokenizer.end_speech_id,)]
             continue
         text.append((tokenizer.begin_image_id,))
         if IMAGE.name in data.modalities and piece.image is not None and data.image.representation == "codes":
             codes = decode_codes(piece.image, read(piece.image), data.image)
             _require(len(codes) == place.num_tokens, "an image", len(codes), place.num_tokens)
-            segments += [_text(text), Segment(IMAGE.name, token_ids=tokenizer.vocab_size + codes)]
+            segments += [_text(text), Segment(IMAGE.name, token_ids=tokenizer.image_ids(codes))]
             text = []
         elif IMAGE.name in data.modalities and piece.image is not None:
             cap = data.image.image_first_noise_cap if number == 0 and len(places) > 1 else 1.0

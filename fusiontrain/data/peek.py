@@ -76,9 +76,12 @@ def _write(document: Document, data: DataConfig, tokenizer: Tokenizer, out: Path
 
 
 def _spelled(token_ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text of the ids, with the codes of images, which no tokenizer knows, as numbers in brackets."""
-    runs = itertools.groupby(token_ids, lambda token: token >= tokenizer.vocab_size)
-    return "".join(f"[{' '.join(str(token - tokenizer.vocab_size) for token in run)}]" if codes else tokenizer.decode(list(run)) for codes, run in runs)
+    """The text of the ids, with the codes of images and units of speech as numbers in brackets."""
+    own = {token: code for code, token in enumerate(tokenizer.code_ids)}
+    runs = itertools.groupby(token_ids, lambda token: token in own or token >= tokenizer.vocab_size)
+    return "".join(
+        f"[{' '.join(str(own.get(token, token - tokenizer.vocab_size)) for token in run)}]" if codes else tokenizer.decode(list(run)) for codes, run in runs
+    )
 
 
 def _maps(segment: Segment, data: DataConfig) -> np.ndarray:

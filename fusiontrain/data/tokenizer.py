@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
-from fusiontrain.config.schema import Config, TokenizerConfig
+from fusiontrain.config.schema import Config, DataConfig, TokenizerConfig
 from fusiontrain.data.modalities.speech import num_codes
 from fusiontrain.modality import SPEECH
 from fusiontrain.utils.errors import UserError
@@ -17,13 +19,16 @@ from fusiontrain.utils.errors import UserError
 BYTES = "bytes"
 TOKENIZER_FILE = "tokenizer.json"
 NUM_BYTES = 256
+CODE_TOKEN = re.compile(r"IMGIMG([A-J]+)Z")
+"""A code of an image among the tokens of a released Chameleon (arXiv 2405.09818): A to J are the digits of its number."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """encode adds no special tokens and never yields a marker, not for a text that spells one either; decode leaves them out.
 
-    vocab_size: largest id + 1. json: the file's content, None for bytes.
+    vocab_size: largest id + 1. json: the file's content, None for bytes. code_ids: its own tokens for codes of images, in the order of the codes, where
+    it has such, as a released Chameleon's has; the codes of all others stand behind its tokens, and the units of speech behind both.
     """
 
     vocab_size: int
@@ -37,6 +42,15 @@ class Tokenizer:
     decode: Callable[[Sequence[int]], str] = field(repr=False)
     begin_speech_id: int | None = None
     end_speech_id: int | None = None
+    code_ids: tuple[int, ...] = field(default=(), repr=False)
+
+    def image_ids(self, codes: np.ndarray) -> np.ndarray:
+        """The tokens of codes of an image, [n] int64 both."""
+        return np.asarray(self.code_ids, np.int64)[codes] if self.code_ids else self.vocab_size + codes
+
+    def speech_ids(self, units: np.ndarray, data: DataConfig) -> np.ndarray:
+        """The tokens of units of speech, [n] int64 both."""
+        return self.vocab_size + (0 if self.code_ids else num_codes(data)) + units
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -47,20 +61,27 @@ def load_tokenizer(config: Config) -> Tokenizer:
     tokenizer = tokenizer_at(path, config.data.tokenizer)
     if SPEECH.name in config.data.modalities and tokenizer.begin_speech_id is None:
         raise UserError("data.tokenizer.begin_speech_token: is not set; speech needs it, and end_speech_token, to stand between them")
-    _require_room_for_codes(config, tokenizer)
-    if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size={config.model.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size} tokens; raise it to that")
+    if config.model.vocab_size is not None:
+        require_room(config, tokenizer, config.model.vocab_size)
     return tokenizer
 
 
-def _require_room_for_codes(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises UserError unless the model has a token for every code of an image and unit of speech behind those of the tokenizer."""
+def require_room(config: Config, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises UserError unless a model of `vocab_size` tokens has one for each of the tokenizer's, every code of an image and every unit of speech."""
+    path, base = config.data.tokenizer.path or config.model.base, config.model.base
+    model, mend = (f"model.base={base}", "give the tokenizer that it was made with") if base else (f"model.vocab_size={vocab_size}", "raise it to that")
+    codes = num_codes(config.data)
+    if codes > len(tokenizer.code_ids) > 0:
+        raise UserError(f"data.image.codebook_size={codes}: the tokenizer {path} has tokens for {len(tokenizer.code_ids)} codes; lower it to that")
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(f"{model}: the tokenizer {path} has {tokenizer.vocab_size} tokens, the model {vocab_size}; {mend}")
+    codes = 0 if tokenizer.code_ids else codes
     units = (config.data.speech.num_units or 0) if SPEECH.name in config.data.modalities else 0
-    codes, vocab_size = num_codes(config.data), config.model.vocab_size
     needed = tokenizer.vocab_size + codes + units
-    if codes + units and vocab_size is not None and vocab_size < needed:
+    if vocab_size < needed:
         others = " and ".join(name for name, count in (("the codes of images", codes), ("the units of speech", units)) if count)
-        raise UserError(f"model.vocab_size={vocab_size}: the tokenizer's {tokenizer.vocab_size} tokens and {others} need {needed}; raise it to that")
+        mend = "start without a base, or from one that was trained with them" if base else mend
+        raise UserError(f"{model}: the tokenizer's {tokenizer.vocab_size} tokens and {others} need {needed}; {mend}")
 
 
 def tokenizer_at(path: str, config: TokenizerConfig) -> Tokenizer:
@@ -109,14 +130,16 @@ def _from_file(path: str, config: TokenizerConfig) -> Tokenizer:
     speech = ("begin_speech_token", "end_speech_token") if config.begin_speech_token is not None else ()
     ids = {key: special(key) for key in ("end_text_token", "begin_image_token", "end_image_token", *speech)}
     begin = None if config.begin_text_token is None else special("begin_text_token")
-    markers = {*ids.values(), *([] if begin is None else [begin])}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    code_ids = _code_ids(vocabulary, file)
+    markers = {*ids.values(), *([] if begin is None else [begin]), *code_ids}
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    digest = hashlib.sha256(repr([text, begin, *sorted(ids.items())]).encode()).hexdigest()
+    digest = hashlib.sha256(repr([text, begin, *sorted(ids.items()), *code_ids]).encode()).hexdigest()
     return Tokenizer(
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        vocab_size=max(vocabulary.values()) + 1,
         begin_text_id=begin,
         end_text_id=ids["end_text_token"],
         begin_image_id=ids["begin_image_token"],
@@ -127,7 +150,19 @@ def _from_file(path: str, config: TokenizerConfig) -> Tokenizer:
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         begin_speech_id=ids.get("begin_speech_token"),
         end_speech_id=ids.get("end_speech_token"),
+        code_ids=code_ids,
     )
+
+
+def _code_ids(vocabulary: Mapping[str, int], file: Path) -> tuple[int, ...]:
+    """The ids of the codes 0, 1, ... of images that a vocabulary names itself. Raises UserError where one of them is missing."""
+    found = {}
+    for token, number in vocabulary.items():
+        if match := CODE_TOKEN.fullmatch(token):
+            found[int("".join(str(ord(letter) - ord("A")) for letter in match[1]))] = number
+    if found.keys() != set(range(len(found))):
+        raise UserError(f"{file}: names {len(found)} codes of images (IMGIMG...Z), but not those from 0 to {len(found) - 1}: fetch the file again")
+    return tuple(found[code] for code in range(len(found)))
 
 
 def _without(markers: set[int], encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:

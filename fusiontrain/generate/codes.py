@@ -26,10 +26,9 @@ Piece = str | np.ndarray
 
 @dataclass(frozen=True)
 class CodeSpace:
-    """Where codes stand in the vocabulary: `size` ids from `first_id` on; and how many an image has."""
+    """ids: the tokens of the codes 0, 1, ...; per_image: how many an image has."""
 
-    first_id: int
-    size: int
+    ids: tuple[int, ...]
     per_image: int
 
 
@@ -39,18 +38,17 @@ def code_space(config: Config, tokenizer: Tokenizer) -> CodeSpace:
     image = config.data.image
     if image.representation != "codes" or image.codebook_size is None:
         raise UserError(f"data.image.representation={image.representation}: this model writes no codes; sample it as one that paints")
-    return CodeSpace(tokenizer.vocab_size, image.codebook_size, (image.size // image.patch_size) ** 2)
+    return CodeSpace(tuple(tokenizer.image_ids(np.arange(image.codebook_size)).tolist()), (image.size // image.patch_size) ** 2)
 
 
 def write_codes(
     model: FusionModel, cache: KVCache, logits: torch.Tensor, codes: CodeSpace, writing: Writing, row_numbers: Sequence[int], first_place: int = 0
 ) -> torch.Tensor:
     """The image of every row whose last token is BOI and whose logits [B, V] are behind it -> codes [B, n] int64, which the cache then holds."""
-    written = []
+    written, ids = [], torch.tensor(codes.ids, device=logits.device)
     for place in range(first_place, first_place + codes.per_image):
-        written.append(choose(logits[:, codes.first_id : codes.first_id + codes.size].float(), writing, row_numbers, place))
-        tokens = torch.tensor(written[-1], device=logits.device)[:, None] + codes.first_id
-        logits = model.decode_text(tokens, cache, modality=IMAGE.id)[:, 0]
+        written.append(choose(logits[:, ids].float(), writing, row_numbers, place))
+        logits = model.decode_text(ids[written[-1]][:, None], cache, modality=IMAGE.id)[:, 0]
     return torch.tensor(written).reshape(codes.per_image, -1).T
 
 
@@ -109,15 +107,15 @@ def _read_prompt(
     """Logits [1, V] behind a prompt, which the cache of one row then holds."""
     encoded = [tokenizer.encode(piece) if isinstance(piece, str) else piece for piece in prompt]
     for piece in encoded:
-        if isinstance(piece, np.ndarray) and (piece.shape != (codes.per_image,) or piece.min() < 0 or piece.max() >= codes.size):
-            raise UserError(f"an image of a prompt must be {codes.per_image} codes from 0 to {codes.size - 1}, not {piece.dtype} {list(piece.shape)}")
+        if isinstance(piece, np.ndarray) and (piece.shape != (codes.per_image,) or piece.min() < 0 or piece.max() >= len(codes.ids)):
+            raise UserError(f"an image of a prompt must be {codes.per_image} codes from 0 to {len(codes.ids) - 1}, not {piece.dtype} {list(piece.shape)}")
     pending, logits = opening(tokenizer), None
     needed = len(pending) + sum(len(piece) + 2 * isinstance(piece, np.ndarray) for piece in encoded)
     check_fits(needed + 1, context, "the prompt")
     for piece in encoded:
         if isinstance(piece, np.ndarray):
             read_tokens(model, cache, [[*pending, tokenizer.begin_image_id]])
-            read_tokens(model, cache, [(codes.first_id + piece).tolist()], modality=IMAGE.id)
+            read_tokens(model, cache, [[codes.ids[code] for code in piece]], modality=IMAGE.id)
             pending = [tokenizer.end_image_id]
         else:
             pending = [*pending, *piece]

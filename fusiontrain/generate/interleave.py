@@ -45,7 +45,8 @@ def interleave(
     """
     if not len(prompt):
         raise UserError("interleaving needs a prompt: give it at least one text or picture")
-    patches = int(np.prod(grid_of(model, image)))
+    grid = grid_of(model, image)
+    patches = grid[0] * grid[1]
     produced: list[Piece] = []
     with evaluating(model):
         cache, logits = _read_prompt(model, tokenizer, prompt, image, context)
@@ -70,9 +71,9 @@ def interleave(
                 return produced
             read_tokens(model, cache, [[tokenizer.begin_image_id]])
             key = hash_key(writing.seed, num_images)
-            values = paint_into(model, tokenizer, cache, [key], image, steps, guidance, sampler=sampler, eta=eta)
-            produced += to_pictures(model, values, grid_of(model, image))
-            logits = read_image(model, tokenizer, cache, values, grid_of(model, image))
+            values = paint_into(model, tokenizer, cache, [key], image, steps, guidance, grid, sampler=sampler, eta=eta)
+            produced += to_pictures(model, values, grid)
+            logits = read_image(model, tokenizer, cache, values, grid)
             text, num_images = [], num_images + 1
 
 

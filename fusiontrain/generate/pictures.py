@@ -31,7 +31,10 @@ def grid_of(model: FusionModel, image: ImageDataConfig) -> Grid:
     if model.image is None:
         raise UserError("this model reads and writes text only: painting and captioning need one trained with data.modalities=[text,image]")
     if image.representation == "latents":
-        raise UserError("data.image.representation=latents: without the autoencoder there is no way between latents and pictures")
+        raise UserError(
+            "data.image.representation=latents: this model has no autoencoder, so no pictures: `sample --latents CELLS` writes .latent.npy files, "
+            "for the autoencoder that made the data to decode"
+        )
     side = image.size // image.patch_size
     return side, side
 

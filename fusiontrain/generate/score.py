@@ -16,7 +16,7 @@ from fusiontrain.data.world.judge import Score, mean_shares, score_caption, scor
 from fusiontrain.data.world.make import WorldDocument, read_split
 from fusiontrain.data.world.scene import IMAGE_SIZE, Scene, has_held_out_pair
 from fusiontrain.generate.caption import caption
-from fusiontrain.generate.paint import paint
+from fusiontrain.generate.paint import paint_as_configured
 from fusiontrain.generate.stream import Writing
 from fusiontrain.models.fusion import FusionModel
 
@@ -43,18 +43,7 @@ def judge_model(model: FusionModel, tokenizer: Tokenizer, config: Config, world:
     to_describe = _scenes(world, "describe", count)
     prompts = [text for text, _, _ in to_paint]
     sample, data = config.sample, config.data
-    pictures = paint(
-        model,
-        tokenizer,
-        prompts,
-        image=data.image,
-        steps=sample.steps,
-        guidance=sample.guidance,
-        sampler=sample.sampler,
-        eta=sample.ddim_eta,
-        seed=seed,
-        context=data.sequence_length,
-    )
+    pictures = paint_as_configured(model, tokenizer, prompts, config, seed)
     writing = Writing(sample.max_new_tokens, sample.temperature, seed)
     shown = [picture for _, picture, _ in to_describe]
     captions = caption(model, tokenizer, shown, image=data.image, writing=writing, context=data.sequence_length)

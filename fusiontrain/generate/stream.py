@@ -90,6 +90,24 @@ def write_text(
     returned, and no stop token.
     """
     forbidden = _never_written(tokenizer, logits.shape[-1], stop_ids).to(logits.device)
+    return write_allowed(
+        model, cache, logits, writing, forbidden=forbidden, stop_ids=stop_ids, row_numbers=row_numbers, first_place=first_place
+    )
+
+
+def write_allowed(
+    model: FusionModel,
+    cache: KVCache,
+    logits: torch.Tensor,
+    writing: Writing,
+    *,
+    forbidden: torch.Tensor,
+    stop_ids: Collection[int],
+    row_numbers: Sequence[int],
+    first_place: int = 0,
+    **options: int,
+) -> Written:
+    """`write_text` of all tokens but the `forbidden` [V] bool. options: `modality`, where they are no text."""
     written: list[list[int]] = [[] for _ in row_numbers]
     ended_by: list[int | None] = [None] * len(written)
     live = [True] * len(written)
@@ -104,16 +122,17 @@ def write_text(
             break
         # A finished row rides along and adds nothing: its new length is 0.
         new_tokens = torch.tensor(chosen, device=logits.device)[:, None]
-        logits = model.decode_text(new_tokens, cache, torch.tensor(live, device=logits.device).long())[:, 0].float()
+        logits = model.decode_text(new_tokens, cache, torch.tensor(live, device=logits.device).long(), **options)[:, 0].float()
     return Written(written, ended_by, logits)
 
 
 def _never_written(tokenizer: Tokenizer, vocab_size: int, stop_ids: Collection[int]) -> torch.Tensor:
-    """[V] bool: markers that only the sampler may set (BOS, EOI, and any marker that is no stop here), and rows of the head without a token."""
+    """[V] bool: markers that only the sampler may set (BOS, EOI, and any marker that is no stop here), codes, and rows of the head without a token."""
     forbidden = torch.arange(vocab_size) >= tokenizer.vocab_size
     markers = {tokenizer.begin_image_id, tokenizer.end_image_id, tokenizer.end_text_id, *opening(tokenizer)}
     markers |= {marker for marker in (tokenizer.begin_speech_id, tokenizer.end_speech_id) if marker is not None}
     forbidden[[marker for marker in markers if marker not in stop_ids]] = True
+    forbidden[list(tokenizer.code_ids)] = True
     return forbidden
 
 

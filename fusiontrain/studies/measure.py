@@ -37,7 +37,8 @@ def measure(column: str, finished: Finished, baseline: Finished | None) -> float
     """The value of a table's column; None where the training has none. Columns:
 
     `validation/text`, `validation/image`   at the end                 `loss/text`, `loss/image`    mean over the last tenth of the steps
-    `slope/text`, `slope/image`             see `step_matching.py`     `step time`                  median seconds of a step over the baseline's
+    `slope/text`, `slope/image`             see `step_matching.py`     `reached/text`, `reached/image`   share of the baseline's losses matched
+    `step time`                             median seconds of a step over the baseline's
     `text drift`                            see `text_drift.py`        `color`, `shape`, `place`, `caption`   shares right, by the world's judge
     """
     kind, _, name = column.partition("/")
@@ -47,8 +48,9 @@ def measure(column: str, finished: Finished, baseline: Finished | None) -> float
     if kind == "loss":
         curve = finished.curve(column)
         return statistics.fmean(curve[-max(1, round(len(curve) * LAST)) :]) if curve else None
-    if kind == "slope":
-        return None if baseline is None else match_steps(baseline.curve(f"loss/{name}"), finished.curve(f"loss/{name}")).slope
+    if kind in ("slope", "reached"):
+        match = None if baseline is None else match_steps(baseline.curve(f"loss/{name}"), finished.curve(f"loss/{name}"))
+        return None if match is None else match.slope if kind == "slope" else match.reached
     if column == "step time":
         return None if baseline is None else _step_seconds(finished) / _step_seconds(baseline)
     if column == "text drift":

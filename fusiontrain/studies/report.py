@@ -22,6 +22,7 @@ def write_report(
     steps = {name: run.rows[-1]["step"] for name, run in finished.items()}
     report = {
         "study": study.name, "source": study.source, "scale": scale.name, "steps": steps, "values": values,
+        "trainings": {name: run.run.name for name, run in finished.items()},
         "published": {"columns": study.published_columns, "values": study.published}, "fit": FIT if study.baseline else None,
         "expectations": [{"expected": words, "seen": seen} for words, seen in expectations],
     }  # fmt: skip

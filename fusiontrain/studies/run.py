@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusiontrain.config.load import load
+from fusiontrain.config.load import load, to_yaml
 from fusiontrain.studies.child import Progress, find_config, read_metrics, train
 from fusiontrain.studies.ground import Ground
 from fusiontrain.studies.measure import Finished, measure
@@ -21,7 +21,8 @@ CONFIG = "quickstart.yaml"
 
 @dataclass(frozen=True)
 class Work:
-    """A study at a scale in a folder of its own. The ground lies beside it and is shared by all studies of the scale. overrides: of every training."""
+    """A study at a scale. Its table has a folder of its own; the ground and the trainings lie beside it and are shared by all studies of the scale, so that
+    a training which two tables need is done once. overrides: of every training."""
 
     study: Study
     scale: Scale
@@ -47,6 +48,7 @@ class Work:
         baseline = finished.get(self.study.baseline or "")
         self.say("measuring")
         values = {name: {column: measure(column, run, baseline) for column in self.study.columns} for name, run in finished.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
         return write_report(self.folder, self.study, self.scale, finished, values, judge_expectations(self.study, values))
 
     def _make_ground(self) -> None:
@@ -61,17 +63,17 @@ class Work:
         done.touch()
 
     def settings(self, variant: Variant) -> tuple[str, ...]:
-        """What a training of the study changes in `configs/quickstart.yaml`."""
+        """What a training of the study changes in `configs/quickstart.yaml`. Trainings whose configs are equal are one."""
         ground = self.ground
-        places = (f"model.base={ground.llama}", f"data.tokenizer.path={ground.tokenizer}", "sample.prompts=[]", f"run.dir={self._folder_of(variant)}")
+        places = (f"model.base={ground.llama}", f"data.tokenizer.path={ground.tokenizer}", "sample.prompts=[]")
         return (*ground.sources("pictures"), *places, *self.scale.overrides, *self.study.common, *variant.overrides, *self.overrides)
 
-    def _folder_of(self, variant: Variant) -> Path:
-        return self.folder / re.sub(r"[^\w.]+", "-", variant.name)
-
     def _train(self, variant: Variant) -> Finished:
-        run, settings = self._folder_of(variant), self.settings(variant)
-        steps, rows = load(find_config(CONFIG), settings).train.steps, read_metrics(run)
+        settings = self.settings(variant)
+        config = load(find_config(CONFIG), settings)
+        text = to_yaml(config).replace(str(self.ground.folder), "")  # wherever that lies, it is the same
+        run = self.out / self.scale.name / "trainings" / hashlib.sha256(text.encode()).hexdigest()[:12]
+        steps, rows = config.train.steps, read_metrics(run)
         if not (run / "checkpoints" / f"step-{steps:08d}").is_dir():
             self.say(f"{variant.name}: training" + (f" from step {rows[-1]['step']} on" if rows else ""))
             train(find_config(CONFIG), run, settings, self.processes, self.progress)

@@ -5,7 +5,8 @@ share of steps, and of FLOPs where a step costs both the same. The paper does no
 
 1. both loss curves are smoothed by a centred moving average over `SMOOTHING` of the run,
 2. and made never to rise (the lowest loss so far), so that each loss is reached once;
-3. the first `DROPPED` of the dense run is left out, and so are losses that the other run never reaches, which are counted;
+3. the first `DROPPED` of the dense run is left out; so are its steps that bring no new lowest loss, without which a run would not match itself,
+   and losses that the other run never reaches, which are counted: where there are any, the slope flatters it;
 4. the slope is the least-squares line through the origin: sum(t s) / sum(t t).
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 
 SMOOTHING = 0.05
 DROPPED = 0.05
-FIT = f"least squares through the origin; moving average over {SMOOTHING:.0%} of the run, lowest loss so far, first {DROPPED:.0%} dropped"
+FIT = f"least squares through the origin; moving average over {SMOOTHING:.0%} of the run, steps with a new lowest loss, first {DROPPED:.0%} dropped"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def match_steps(dense: Sequence[float], other: Sequence[float]) -> StepMatch:
     """Losses of steps 1, 2, ... of the dense run and of the other one; the numbers of steps may differ."""
     target, curve = smooth(dense), smooth(other)
     steps = np.arange(1, len(target) + 1)
-    kept = steps > DROPPED * len(target)
+    kept = (steps > DROPPED * len(target)) & (np.diff(target, prepend=np.inf) < 0)
     steps, target = steps[kept], target[kept]
     matched = np.searchsorted(-curve, -target) + 1  # the first step with a loss no higher
     reached = matched <= len(curve)

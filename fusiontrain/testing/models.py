@@ -10,6 +10,16 @@ import torch
 BYTES_VOCAB = 260
 """Size of the built-in byte tokenizer's vocabulary."""
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""Llama 3.1's scaling of rotary positions, for sequences of a test's length."""
+
 
 def write_tiny_llama(folder: str | Path, *, seed: int = 0, **settings: Any) -> str:
     """A random `LlamaForCausalLM` with grouped queries, saved in float32. `settings` override its config. Returns the folder."""

@@ -14,7 +14,7 @@ from fusiontrain.config.validate import file_problems
 from fusiontrain.data.index.cache import prepare_sources
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.stream import StreamLoader
-from fusiontrain.data.tokenizer import load_tokenizer
+from fusiontrain.data.tokenizer import load_tokenizer, require_room
 from fusiontrain.models.build import declare_model, first_weights
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.parallel.deepspeed import start_zero
@@ -33,11 +33,12 @@ from fusiontrain.train.identity import model_identity, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
 from fusiontrain.train.progress import Progress
+from fusiontrain.train.reporter import Reporter
 from fusiontrain.train.set_aside import set_aside_future
 from fusiontrain.train.signals import BreakOff, StopRequest
 from fusiontrain.train.sinks.all import missing_packages
 from fusiontrain.train.state import TrainState, model_tensors, optimizer_tensors
-from fusiontrain.train.trainer import Reporter, Trainer
+from fusiontrain.train.trainer import Trainer
 from fusiontrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
     if config.data.validation_sources:
         validation_loader = Loader(config, tokenizer, "validation", ranks.rank, ranks.world_size, loader.workers if isinstance(loader, Loader) else None)
     model = declare_model(config, ranks.device)
+    require_room(config, tokenizer, model.shape.vocab_size)
     if ranks.is_main:
         logger.info("%s", model.kernels.origin)
     stop.check()

@@ -16,7 +16,7 @@ from torch import nn
 from fusiontrain.config.schema import Config
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import Tokenizer
-from fusiontrain.generate.paint import paint
+from fusiontrain.generate.paint import paint_as_configured
 from fusiontrain.modality import MODALITY_NAMES, table_of
 from fusiontrain.parallel.fsdp import free_gathered
 from fusiontrain.parallel.reduce import sum_tensor
@@ -57,17 +57,4 @@ def paint_prompts(model: nn.Module, tokenizer: Tokenizer, config: Config, betwee
 
     between: called before every denoising step; what it raises ends the painting.
     """
-    sample = config.sample
-    return paint(
-        model,
-        tokenizer,
-        sample.prompts,
-        image=config.data.image,
-        steps=sample.steps,
-        guidance=sample.guidance,
-        sampler=sample.sampler,
-        eta=sample.ddim_eta,
-        seed=config.seed,
-        context=config.data.sequence_length,
-        between=between,
-    )
+    return paint_as_configured(model, tokenizer, config.sample.prompts, config, config.seed, between)

@@ -24,9 +24,9 @@ from fusiontrain.train.state import TrainState
 
 
 class Saver:
-    """Saves a run's tensors, at most one checkpoint at a time; all ranks call alike.
+    """Saves a run's tensors, at most one checkpoint at a time; all ranks call alike. It has a process group of its own, more patient than training's.
 
-    With `checkpoint.asynchronous` a thread does it, over a process group of its own, while the loop goes on to the next forward and backward:
+    With `checkpoint.asynchronous` a thread does it, while the loop goes on to the next forward and backward:
     those read the tensors, and only the optimizer changes them, so it waits until the thread has their bytes. What the loop stands still for is
     then the rest of that, if any. An error of the thread is raised by `wait`, on all ranks.
     """
@@ -41,8 +41,8 @@ class Saver:
         self._pending: Future[str] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.checkpoint.asynchronous else None
         self._group: dist.ProcessGroup | None = None
-        if self._thread is not None and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.timeout_seconds))
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.checkpoint.timeout_seconds))
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._hold())
         self._report, self._without_best = report, False
 

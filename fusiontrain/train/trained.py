@@ -15,9 +15,11 @@ from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.caption import caption
 from fusiontrain.generate.codes import code_space, paint_codes, write_document
 from fusiontrain.generate.interleave import Piece, interleave
-from fusiontrain.generate.paint import paint
+from fusiontrain.generate.paint import paint, paint_latents
 from fusiontrain.generate.pictures import load_picture
+from fusiontrain.generate.speak import speak
 from fusiontrain.generate.stream import Writing
+from fusiontrain.generate.write import write
 from fusiontrain.models.fusion import FusionModel
 
 Picture = np.ndarray | Image.Image | str | Path
@@ -99,10 +101,39 @@ class Trained:
             context=data.sequence_length,
         )
 
+    def paint_latents(self, prompts: Sequence[str], sampling: Sampling, side: int) -> list[np.ndarray]:
+        """A latent [C, side, side] float32 of each prompt. Raises UserError for a model that was not trained on latents."""
+        return paint_latents(
+            self.model,
+            self.tokenizer,
+            prompts,
+            side,
+            image=self.config.data.image,
+            seed=sampling.seed,
+            context=self.config.data.sequence_length,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            sampler=sampling.sampler,
+            eta=sampling.eta,
+        )
+
+    def write(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """The text that follows each prompt."""
+        return write(self.model, self.tokenizer, prompts, writing=sampling.writing, context=self.config.data.sequence_length)
+
+    def speak(self, prompts: Sequence[str], sampling: Sampling) -> list[list[int]]:
+        """The units of speech that follow each prompt. Raises UserError for a model without speech."""
+        return speak(self.model, self.tokenizer, prompts, config=self.config, writing=sampling.writing)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the model learnt images at all, as patches or as codes."""
+        return "image" in self.config.data.modalities
+
     @property
     def writes_codes(self) -> bool:
         """Whether the model's images are codes, which it writes as it writes text."""
-        return self.config.data.image.representation == "codes" and "image" in self.config.data.modalities
+        return self.config.data.image.representation == "codes" and self.has_images
 
     def paint_codes(self, prompts: Sequence[str], sampling: Sampling) -> list[list[int]]:
         """The codes of an image of each prompt, in raster order. Raises UserError for a model of patches."""

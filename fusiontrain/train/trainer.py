@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from fusiontrain.train.gradients import modality_groups
 from fusiontrain.train.metrics import BAD_STEPS_FILE, MetricsWriter, memory_gib
 from fusiontrain.train.optim import set_learning_rate
 from fusiontrain.train.progress import Progress
+from fusiontrain.train.reporter import Reporter
 from fusiontrain.train.saving import Saver, all_finite
 from fusiontrain.train.schedule import learning_rate
 from fusiontrain.train.signals import BreakOff, StopRequest
@@ -49,21 +50,6 @@ logger = logging.getLogger(__name__)
 
 class TrainingDiverged(RuntimeError):
     """Steps without an update came one after another, or one that `train.spike: stop` ends the run for."""
-
-
-class Reporter(Protocol):
-    """Who tells a person how the run goes. The trainer itself prints nothing."""
-
-    def indexing(self, done: int, total: int) -> None:
-        """After every shard that is indexed before the run can start."""
-
-    def started(self, step: int, steps: int, run_dir: Path) -> None: ...
-
-    def step(self, values: Mapping[str, Any], due: bool) -> None:
-        """After every step, with its metrics; `due` every `train.log_every_steps`."""
-
-    def event(self, text: str) -> None:
-        """What happens now and then: an evaluation, a checkpoint, a skipped update."""
 
 
 @dataclass

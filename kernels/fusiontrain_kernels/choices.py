@@ -12,9 +12,9 @@ from fusiontrain_kernels._launch import obstacle_to_triton
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "masked_routing_attention": ("chunked", "sdpa", "flex", "flash", "triton", "reference"),
     "modality_gemm": ("segments", "grouped_mm", "triton", "reference"),
-    "rms_norm": ("reference", "triton"),
-    "qk_norm_rope": ("reference", "triton"),
-    "rope": ("reference", "triton"),
+    "rms_norm": ("eager", "reference", "triton"),
+    "qk_norm_rope": ("eager", "reference", "triton"),
+    "rope": ("eager", "reference", "triton"),
     "swiglu": ("reference", "triton"),
     "linear_cross_entropy": ("chunked", "triton", "reference"),
 }

@@ -2,11 +2,12 @@
 
     python tests/benchmarks/checkpoint_speed.py [--mib 1024] [--repeats 5] [--tokens 2048] [--only NAME] [--folder DIR]
 
-One process. Plain writing is open, write and fsync of every tensor's bytes into one new file; plain reading is one pass through a buffer, of a file
-that was put out of the page cache before each pass, as the checkpoint's are. The best of `--repeats` of each, taken in turns, so that what else
-the machine does falls on both alike. The stall is what the loop stands still for, at the save and before the optimizer's step that follows it, in
-steps that are a forward and backward over `--tokens` tokens through every weight (a stack of 2048 x 2048 layers), AdamW, and a save; their median,
-with the seconds that such a step takes. Peak memory is that of a process that takes three such steps with and without saving after each.
+One process. Plain writing is open, write and fsync of every tensor's bytes into one new file, and the deletion of the one before, which a save does
+too; plain reading is one pass through a buffer, of a file that was put out of the page cache before each pass, as the checkpoint's are. The best of
+`--repeats` of each, taken in turns, so that what else the machine does falls on both alike. The stall is what the loop stands still for, at the
+save and before the optimizer's step that follows it, in steps that are a forward and backward over `--tokens` tokens through every weight (a stack
+of 2048 x 2048 layers), AdamW, and a save; their median, with the seconds that such a step takes. Peak memory is that of a process that takes three
+such steps with and without saving after each.
 """
 
 from __future__ import annotations
@@ -70,13 +71,15 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def write_plainly(tensors: list[torch.Tensor], path: Path) -> None:
-    path.unlink(missing_ok=True)
     with path.open("wb", buffering=0) as file:
         for tensor in tensors:
             view = memoryview(tensor.reshape(-1).numpy()).cast("B")
             for first in range(0, len(view), 1 << 20):
                 file.write(view[first : first + (1 << 20)])
         os.fsync(file.fileno())
+    for older in path.parent.glob("plain-*"):
+        if older != path:
+            older.unlink()
 
 
 def read_plainly(path: Path) -> None:
@@ -98,13 +101,14 @@ def forget(folder: Path) -> None:
 
 def speed(folder: Path, mib: int, repeats: int) -> dict[str, float]:
     """Best times in seconds."""
-    run, plain = Run(folder, mib, False), folder / "plain"
+    run = Run(folder, mib, False)
     times: dict[str, list[float]] = {name: [] for name in ("plain write", "save", "plain read", "load")}
     for step in range(1, repeats + 1):
-        times["plain write"].append(timed(lambda: write_plainly(run.all(), plain)))
+        plain = folder / f"plain-{step}"
+        times["plain write"].append(timed(lambda plain=plain: write_plainly(run.all(), plain)))
         times["save"].append(timed(lambda step=step: run.saver.save(TrainState(step=step), {})))
         forget(folder)
-        times["plain read"].append(timed(lambda: read_plainly(plain)))
+        times["plain read"].append(timed(lambda plain=plain: read_plainly(plain)))
         times["load"].append(timed(lambda step=step: load_checkpoint(run.checkpoints / f"step-{step:08d}", run.tensors, Ranks())))
     return {name: min(values) for name, values in times.items()}
 

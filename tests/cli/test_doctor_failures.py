@@ -1,9 +1,9 @@
-"""Each of doctor's failures, provoked."""
+"""Each of doctor's failures on one machine, provoked."""
 
 from __future__ import annotations
 
 import contextlib
-import io
+import importlib
 import json
 import os
 import resource
@@ -16,9 +16,7 @@ import pytest
 
 from fusiontrain.cli import doctor, doctor_machine
 from fusiontrain.cli.doctor_machine import Check
-from fusiontrain.cli.doctor_ranks import judge_clocks, merge, shared_storage
 from fusiontrain.cli.main import main
-from fusiontrain.testing.ranks import shared_pool
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,52 +107,64 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_still_run(monkeypatch, 
     assert "folder" in found
 
 
-def look(folders: list[str]) -> tuple[str, str]:
-    rank = int(os.environ["RANK"])
-    check = shared_storage(Path(folders[rank]), rank)
-    return check.status, check.detail
+def test_a_python_or_a_torch_that_is_too_old(monkeypatch):
+    (check,) = doctor._python()
+    assert check.status == "ok"
+    monkeypatch.setattr(doctor.sys, "version_info", (3, 10, 14))
+    (check,) = doctor._python()
+    assert check.status == "fail" and "use 3.11 or newer" in check.detail
+    monkeypatch.setattr("torch.__version__", "2.9.1+cpu")
+    check = next(iter(doctor._torch()))
+    assert (check.status, check.detail) == ("fail", "2.9.1+cpu; use 2.11 or newer")
 
 
-def test_a_rank_with_another_view_of_the_folder(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    there.mkdir()
-    assert [status for status, _ in shared_pool().run(look, 2, [str(here), str(here)])] == ["ok", "ok"]
-    found = shared_pool().run(look, 2, [str(here), str(there)])
-    assert found[0][0] == "fail" and "rank 0 does not see the files of rank 1; rank 1 does not see the files of rank 0" in found[0][1]
-    missing = shared_pool().run(look, 2, [str(here), str(tmp_path / "missing")])
-    assert "rank 1 cannot write there (No such file or directory)" in missing[1][1]
-    assert list(here.iterdir()) == list(there.iterdir()) == []
+def test_a_torch_without_collectives(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_gloo_available", lambda: False)
+    (check,) = (check for check in doctor._communication() if check.name == "gloo")
+    assert check.status == "fail" and "install a build with distributed" in check.detail
 
 
-def whole(folder: str, few_files_on: int) -> tuple[int, str]:
-    if int(os.environ["RANK"]) == few_files_on:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output):
-            return main(["doctor", "--dir", folder, "--json"]), output.getvalue()
-    finally:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def test_an_optional_package_that_is_missing_says_what_it_is_for(monkeypatch):
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": "for nothing; pip install it"})
+    assert list(doctor._packages())[1] == Check("no-such-package", "warn", "not installed (for nothing; pip install it)")
 
 
-def test_all_ranks_are_checked_and_the_main_one_prints(tmp_path):
-    (code, printed), (other_code, other_printed) = shared_pool().run(whole, 2, str(tmp_path), 1)
-    assert (code, other_code, other_printed) == (1, 1, "")
-    checks = json.loads(printed)["checks"]
-    assert [check["detail"] for check in checks if check["status"] == "fail"] == ["rank 1: 300; shards, sockets and workers need more: ulimit -n 65536"]
-    assert {"same versions", "shared storage", "clocks", "collective"} <= {check["name"] for check in checks if check["status"] != "fail"}
+def test_a_folder_that_hides_a_package(tmp_path, monkeypatch):
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "kernels" not in [check.name for check in doctor._packages()]
+    (tmp_path / "kernels" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    (check,) = (check for check in doctor._packages() if check.name == "kernels")
+    assert check.status == "fail" and "rename or leave it" in check.detail
 
 
-def test_clocks_that_lie_apart():
-    assert judge_clocks([100.0, 100.2, 100.1]).status == "ok"
-    check = judge_clocks([100.0, 100.1, 107.0])
-    assert check.status == "warn" and "7.0 s apart, rank 2 farthest" in check.detail
+@pytest.mark.parametrize(("limit", "status"), [(1, "warn"), (64, "ok")])
+def test_a_container_with_little_memory(tmp_path, monkeypatch, limit, status):
+    (tmp_path / "memory.max").write_text(f"{limit << 30}\n")
+    monkeypatch.setattr(doctor, "MEMORY_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "missing")))
+    monkeypatch.setattr(doctor.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1 << 25, "SC_PAGE_SIZE": 4096}[name])
+    check = list(doctor._machine())[1]
+    assert (check.status, check.detail.startswith(f"{limit}.0 GiB")) == (status, True)
 
 
-def test_findings_of_ranks_are_said_once_where_they_agree():
-    good, bad = Check("memory", "ok", "1 GiB"), Check("memory", "fail", "none")
-    assert merge([[good], [good]]) == [good]
-    assert merge([[bad], [bad]]) == [bad]
-    assert merge([[good], [bad], [bad]]) == [Check("memory", "ok", "rank 0: 1 GiB"), Check("memory", "fail", "ranks 1, 2: none")]
+def test_a_disk_that_is_slow_or_nearly_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_machine, "SLOW_DISK_MB", 1e9)
+    monkeypatch.setattr(doctor_machine, "ENOUGH_DISK_GIB", 1e9)
+    found = {check.name: check for check in doctor_machine.folder(tmp_path, quick=False)}
+    assert {name: check.status for name, check in found.items()} == {"folder": "warn", "disk": "warn"}
+    assert "checkpoints need more" in found["folder"].detail and "use a faster folder" in found["disk"].detail
+
+
+def test_a_torch_for_cuda_without_a_driver_and_with_one_that_is_too_old(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    (check,) = doctor_machine.driver()
+    assert check.status == "warn" and "start the container with --gpus all" in check.detail
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 470.42.01\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (check,) = doctor_machine.driver()
+    assert check.status == "fail" and check.detail.startswith("470.42.01") and "install a newer driver" in check.detail

@@ -109,13 +109,18 @@ def test_folders_that_cannot_be_are_refused(run_dir, tmp_path, capsys) -> None:
     assert "neither a complete checkpoint nor a run" in capsys.readouterr().err
 
 
-def test_a_language_model_asked_to_paint_says_what_it_is(run_dir, tmp_path, capsys) -> None:
+def test_a_language_model_continues_its_prompt_and_asked_to_paint_says_what_it_is(run_dir, tmp_path, capsys) -> None:
     overrides = {"model.recipe": "dense", "data.modalities": ["text"], "run.dir": str(tmp_path / "run"), "train.steps": 1, "sample.prompts": ()}
     (tmp_path / "config.yaml").write_text(to_yaml(world_config(run_dir.parent, {**overrides, "optimizer.warmup_steps": 0})))
     assert main(["train", str(tmp_path / "config.yaml")]) == 0
-    capsys.readouterr()
-    assert main(["sample", str(tmp_path / "run"), "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
-    assert "reads and writes text only" in capsys.readouterr().err
+    prompt, out = ["--prompt", "a red"], ["--out", str(tmp_path / "out")]
+    record = sampled(capsys, str(tmp_path / "run"), *prompt, *out, "--max-new-tokens", "6")
+    assert record["mode"] == "write" and [sample["prompt"] for sample in record["samples"]] == ["a red"]
+    assert main(["sample", str(tmp_path / "run"), *prompt, *out, "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out.startswith("a red" + record["samples"][0]["text"])
+    for mode, sentence in (("paint", "reads and writes text only"), ("speak", "learnt no speech")):
+        assert main(["sample", str(tmp_path / "run"), *prompt, *out, "--mode", mode]) == 2
+        assert sentence in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["validation"]) == {"text"} and "scores" not in report

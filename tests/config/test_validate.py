@@ -51,7 +51,6 @@ def path(tmp_path: Path) -> Path:
         (["data.image.resize=native", "data.image.min_tokens=4", "data.image.max_tokens=15"], "data.image.size", "16 patches"),
         (["data.image.resize=native", "data.image.min_tokens=4", "data.image.max_tokens=61"], "data.sequence_length", "61 patches"),
         (["data.image.representation=codes", "data.image.codebook_size=9"], "data.image.representation", "transfusion needs pixels or latents"),
-        ([DENSE, CODES, "model.base=llama"], "data.image.representation", "tokens that no base has"),
         ([DENSE, "data.image.representation=codes"], "data.image.codebook_size", "is not set"),
         ([DENSE, CODES, "data.modalities=[text]"], "data.modalities", "needs ['text', 'image']"),
         (["data.image.channels=4"], "data.image.channels", "pixels have 3"),
@@ -73,6 +72,7 @@ def path(tmp_path: Path) -> Path:
         ([BASE, "optimizer.text_learning_rate_ratio=0.1"], "optimizer.text_learning_rate_ratio", "set model.freeze_text=false"),
         (["objective.image=flow_matching", "objective.prediction=v"], "objective.prediction", "the velocity in any case"),
         (["sample.prompts=[a, ' ']"], "sample.prompts.1", "is empty"),
+        (["sample.prompts=[a]", "data.image.representation=latents", "data.image.channels=4"], "sample.prompts", "sample --latents"),
         (["sample.steps=1001"], "sample.steps", "objective.num_timesteps=1000"),
         (["data.condition_dropout=0"], "sample.guidance", "without text"),
     ],
@@ -91,7 +91,7 @@ def test_one_wrong_thing(path: Path, overrides: list[str], key: str, word: str) 
         [BASE, "data.tokenizer.path=null"],
         ["data.sequence_length=20"],
         ["data.image.resize=native", "data.image.min_tokens=4", "data.image.max_tokens=60"],
-        ["data.image.representation=latents", "data.image.channels=4", "data.sequence_length=8"],
+        ["data.image.representation=latents", "data.image.channels=4", "data.sequence_length=8", "sample.prompts=[]"],
         ["parallel.dp_shard=3", "parallel.dp_replicate=2", "train.micro_batch_sequences=2"],
         ["data.condition_dropout=0", "sample.guidance=1"],
         ["data.condition_dropout=0", "sample.prompts=[]"],
@@ -111,7 +111,7 @@ def test_right_things_are_let_through(path: Path, overrides: list[str]) -> None:
 
 def test_image_tokens_are_known_for_pixels_only(path: Path) -> None:
     assert image_tokens(load(path)) == 16
-    assert image_tokens(load(path, ["data.image.representation=latents"])) is None
+    assert image_tokens(load(path, ["data.image.representation=latents", "sample.prompts=[]"])) is None
 
 
 def test_files_are_looked_for_only_when_asked(path: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fusiontrain.testing.generation import BOI, BOS, EOI, TOKENIZER, lively_mode
 from fusiontrain.utils.errors import UserError
 
 CODEBOOK, PER_IMAGE, FIRST = 20, 6, 260
-SPACE = CodeSpace(FIRST, CODEBOOK, PER_IMAGE)
+SPACE = CodeSpace(tuple(range(FIRST, FIRST + CODEBOOK)), PER_IMAGE)
 
 
 def config_of(recipe: str = "mot"):
@@ -122,4 +122,4 @@ def test_a_model_of_patches_writes_no_codes():
     image = config_of().data.image.model_copy(update={"size": 32, "patch_size": 16})
     config = config_of()
     config = config.model_copy(update={"data": config.data.model_copy(update={"image": image})})
-    assert code_space(config, TOKENIZER) == CodeSpace(FIRST, CODEBOOK, 4)
+    assert code_space(config, TOKENIZER) == CodeSpace(SPACE.ids, 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusiontrain.generate.guidance import denoise, guide, image_noise
-from fusiontrain.generate.paint import paint
+from fusiontrain.generate.paint import paint, paint_latents
 from fusiontrain.generate.stream import opening, read_tokens
 from fusiontrain.models.build import build_model
 from fusiontrain.objectives.ddpm import Ddpm
@@ -16,6 +16,7 @@ from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of, document
 from fusiontrain.testing.generation import BOI, BOS, EOI, TOKENIZER, lively_model
 from fusiontrain.utils.errors import UserError
+from fusiontrain.utils.keyed import hash_key
 
 PROMPTS = ["a", "a large red circle at the top", "blue!"]
 CONFIG = tiny_config({"objective.image": "flow_matching"})
@@ -220,3 +221,36 @@ def test_a_model_that_cannot_paint_says_so(model) -> None:
     latents = tiny_config({"data.image": {"size": 8, "patch_size": 4, "representation": "latents", "channels": 4}})
     with pytest.raises(UserError, match="latents"):
         painted(build_model(latents), config=latents)
+
+
+# ---------------------------------------------------------------- latents
+
+
+def latent_config(**overrides):
+    return tiny_config({"data.image": {"size": 64, "patch_size": 2, "channels": 4, "representation": "latents"}, **overrides})
+
+
+def test_a_latent_is_what_the_sampler_makes_of_the_keyed_noise() -> None:
+    """One step of Euler along the velocity that the whole forward says: no number is cut at 1, which is the end of pixels alone."""
+    config = latent_config(**{"objective.image": "flow_matching"})
+    model = lively_model(config)
+    (latent,) = paint_latents(model, TOKENIZER, ["red"], 6, image=config.data.image, steps=1, guidance=1.0, seed=3)
+    assert latent.shape == (4, 6, 6) and latent.dtype == np.float32 and np.abs(latent).max() > 1
+    noise = image_noise([hash_key(3, 0)], 0, 4 * 2 * 2, (3, 3), torch.device("cpu"))
+    cache = model.new_cache(1, 5 + 9)
+    read_tokens(model, cache, [[BOS, *b"red", BOI]])
+    velocity = model.decode_image(noise, torch.ones(1), (3, 3), cache, commit=False)
+    patches = (noise - velocity)[0].numpy().reshape(3, 3, 4, 2, 2)
+    expected = np.block([[patches[row, column] for column in range(3)] for row in range(3)])
+    np.testing.assert_allclose(latent, expected, atol=1e-5)
+
+
+def test_a_model_of_latents_says_how_to_see_what_it_paints() -> None:
+    config = latent_config()
+    model, settings = lively_model(config), {"steps": 1, "guidance": 1.0, "seed": 0}
+    with pytest.raises(UserError, match=r"no autoencoder, so no pictures: `sample --latents CELLS` writes \.latent\.npy"):
+        paint(model, TOKENIZER, ["red"], image=config.data.image, **settings)
+    with pytest.raises(UserError, match=r"multiple of data\.image\.patch_size=2"):
+        paint_latents(model, TOKENIZER, ["red"], 5, image=config.data.image, **settings)
+    with pytest.raises(UserError, match="not trained on latents"):
+        paint_latents(lively_model(tiny_config()), TOKENIZER, ["red"], 8, image=tiny_config().data.image, **settings)

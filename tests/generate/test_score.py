@@ -31,7 +31,7 @@ def answers(world, monkeypatch):
     def use(shift: int, scale: int = 1) -> None:
         pictures = [doc.pictures[1].repeat(scale, 0).repeat(scale, 1) for doc in truth["paint"]]
         texts = [doc.texts[1] for doc in truth["describe"]]
-        monkeypatch.setattr(score, "paint", lambda *args, **kwargs: pictures[shift:] + pictures[:shift])
+        monkeypatch.setattr(score, "paint_as_configured", lambda *args, **kwargs: pictures[shift:] + pictures[:shift])
         monkeypatch.setattr(score, "caption", lambda *args, **kwargs: texts[shift:] + texts[:shift])
 
     return use

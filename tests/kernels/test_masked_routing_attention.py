@@ -125,11 +125,12 @@ def test_scale_is_used(impl: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), num_slices=st.integers(1, 4), rows=st.sampled_from([1, 4, 7, 64]))
-def test_chunked_equals_reference_forward_and_backward(seed: int, num_slices: int, rows: int) -> None:
+@given(seed=st.integers(0, 10**6), num_slices=st.integers(1, 4), rows=st.sampled_from([1, 4, 7, 64]), keeps_masks=st.booleans())
+def test_chunked_equals_reference_forward_and_backward(seed: int, num_slices: int, rows: int, keeps_masks: bool) -> None:
     layout = random_layout(seed, num_slices)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_plan, "CHUNK_ROWS", rows)
+        patch.setattr(chunked_plan, "KEPT_SCORES", 10**6 if keeps_masks else 0)
         results = []
         for impl in ("reference", "chunked"):
             leaves = [tensor.requires_grad_() for tensor in inputs(len(layout.allowed), 4, 2)]
@@ -215,6 +216,16 @@ def test_no_mask_where_every_query_sees_every_key() -> None:
     assert [chunk.rows for chunk in plan] == [(0, 6), (6, 70), (70, 134)]
     assert [chunk.keys for chunk in plan] == [[(0, 6)], [(0, 134)], [(0, 134)]]
     assert [chunk.all_seen for chunk in plan] == [False, True, True]
+
+
+def test_masks_are_kept_as_long_as_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks, none of whose queries all see the same."""
+    ranges = torch.tensor([[[row // 96 * 96, row + 1]] for row in range(192)], dtype=torch.int32)
+    num_scores = sum(chunk.num_scores for chunk in chunked_plan.make_plan(ranges))
+    for limit in (num_scores, num_scores - 1):
+        monkeypatch.setattr(chunked_plan, "KEPT_SCORES", limit)
+        masks = chunked_plan.make_biases(ranges)
+        assert masks is None if limit < num_scores else sum(mask.numel() for mask in masks) == num_scores
 
 
 def test_work_grows_with_what_is_seen_not_with_the_square() -> None:

@@ -35,18 +35,22 @@ CALLS: dict[str, tuple[list[str], list[tuple[int, ...]], Callable[[str], Call]]]
         [X, *[MATRIX] * 6],
         lambda impl: lambda bounds, offsets, x, *w: (modality_swiglu(x, w[:3], w[3:], bounds, offsets=offsets, impl=impl),),
     ),
-    "rms_norm": (["reference"], [X, *[GAIN] * 3], lambda impl: lambda bounds, offsets, x, *w: (rms_norm(x, w, bounds, 1e-5, offsets=offsets, impl=impl),)),
+    "rms_norm": (
+        ["reference", "eager"],
+        [X, *[GAIN] * 3],
+        lambda impl: lambda bounds, offsets, x, *w: (rms_norm(x, w, bounds, 1e-5, offsets=offsets, impl=impl),),
+    ),
     "add_rms_norm": (
-        ["reference"],
+        ["reference", "eager"],
         [X, X, *[GAIN] * 3],
         lambda impl: lambda bounds, offsets, x, r, *w: add_rms_norm(x, r, w, bounds, 1e-5, offsets=offsets, impl=impl),
     ),
     "qk_norm_rope": (
-        ["reference"],
+        ["reference", "eager"],
         [HEADS, (ROWS, 1, WIDTH), *[GAIN] * 6],
         lambda impl: lambda bounds, offsets, q, k, *w: qk_norm_rope(q, k, w[:3], w[3:], COS, SIN, bounds, 1e-5, offsets=offsets, impl=impl),
     ),
-    "rope": (["reference", *TRITON], [HEADS], lambda impl: lambda bounds, offsets, x: (rope(x, COS, SIN, impl=impl),)),
+    "rope": (["reference", "eager", *TRITON], [HEADS], lambda impl: lambda bounds, offsets, x: (rope(x, COS, SIN, impl=impl),)),
     "swiglu": (["reference", *TRITON], [X, X], lambda impl: lambda bounds, offsets, gate, up: (swiglu(gate, up, impl=impl),)),
     "linear_cross_entropy": (
         ["reference", "chunked", *TRITON],

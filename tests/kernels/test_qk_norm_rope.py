@@ -12,7 +12,7 @@ from fusiontrain.testing.kernels import guarded_outputs
 from fusiontrain_kernels.qk_norm_rope import qk_norm_rope
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-IMPLS = ["reference", pytest.param("triton", marks=needs_triton)]
+IMPLS = ["reference", "eager", pytest.param("triton", marks=needs_triton)]
 LAYOUTS = [(21,), (1,), (9, 0, 12), (0, 17), (17, 0), (1, 16), (8, 16), (0, 0), (0, 1, 0)]
 """Rows of each modality. A block of the backward has 8."""
 EPS = 1e-2
@@ -143,8 +143,9 @@ def test_the_gradient_of_a_weight_takes_the_rounded_head() -> None:
     assert (unrounded == rounded).float().mean() < 0.9
 
 
+@pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_bits_of_hugging_face(dtype: torch.dtype) -> None:
+def test_the_bits_of_hugging_face(dtype: torch.dtype, impl: str) -> None:
     """Qwen3 norms the heads of q and k, then turns them."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -156,16 +157,16 @@ def test_the_bits_of_hugging_face(dtype: torch.dtype) -> None:
         theirs.weight.data.copy_(weights[0])
         normed.append(theirs(x).transpose(0, 1)[None])
     expected = apply_rotary_pos_emb(*normed, case.cos[None], case.sin[None])
-    for actual, wanted in zip(case.call("reference"), expected, strict=True):
+    for actual, wanted in zip(case.call(impl), expected, strict=True):
         assert torch.equal(actual, wanted[0].transpose(0, 1))
 
 
-@needs_triton
-def test_without_a_norm_nothing_but_the_angles_is_kept() -> None:
+@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=needs_triton)])
+def test_without_a_norm_nothing_but_the_angles_is_kept(impl: str) -> None:
     case = Case((21,), normed=(False, False))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(tuple(x.shape)), x)[1], lambda x: x):
-        case.call("triton")
+        case.call(impl)
     assert set(kept) == {(21, 12)}
 
 
@@ -232,7 +233,7 @@ def test_what_does_not_fit_is_refused() -> None:
     def call(impl: str = "triton", **changed) -> None:
         qk_norm_rope(**{**arguments, **changed}, impl=impl)
 
-    with pytest.raises(ValueError, match="impl='fast': choose one of auto, reference, triton"):
+    with pytest.raises(ValueError, match="impl='fast': choose one of auto, reference, eager, triton"):
         call("fast")
     with pytest.raises(ValueError, match="bounds="):
         call(bounds=(0, 9, 20))

@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontrain_kernels.modality_gemm import modality_gemm
 from fusiontrain_kernels.rms_norm import rms_norm
 from fusiontrain_kernels.rope import rope
 from fusiontrain_kernels.swiglu import swiglu
 
+PLAIN = ["reference", "eager"]
 BOUNDS = [(0, 3, 7), (0, 0, 7), (0, 7, 7), (0, 2, 2, 7), (0, 7)]
 
 
@@ -36,10 +38,11 @@ def test_gemm_equals_loops(bounds: tuple[int, ...], with_bias: bool) -> None:
             assert math.isclose(float(out[row, column]), expected, rel_tol=0, abs_tol=1e-12)
 
 
+@pytest.mark.parametrize("impl", PLAIN)
 @pytest.mark.parametrize("bounds", BOUNDS)
-def test_norm_equals_loops(bounds: tuple[int, ...]) -> None:
+def test_norm_equals_loops(bounds: tuple[int, ...], impl: str) -> None:
     x, weights = normal(7, 5), list(normal(len(bounds) - 1, 5))
-    out = rms_norm(x, weights, bounds, 0.01)
+    out = rms_norm(x, weights, bounds, 0.01, impl=impl)
     for row in range(7):
         scale = 1 / math.sqrt(sum(float(v) ** 2 for v in x[row]) / 5 + 0.01)
         for column in range(5):
@@ -54,7 +57,8 @@ def test_gradients(bounds: tuple[int, ...]) -> None:
     matrices = [w.clone().requires_grad_() for w in normal(count, 3, 5)]
     gains = [w.clone().requires_grad_() for w in normal(count, 5)]
     assert torch.autograd.gradcheck(lambda x, *w: modality_gemm(x, w, bounds), (x, *matrices))
-    assert torch.autograd.gradcheck(lambda x, *w: rms_norm(x, w, bounds, 0.01), (x, *gains))
+    for impl in PLAIN:
+        assert torch.autograd.gradcheck(lambda x, *w, impl=impl: rms_norm(x, w, bounds, 0.01, impl=impl), (x, *gains))
 
 
 @pytest.mark.parametrize("x_needs_grad", [False, True])
@@ -104,38 +108,66 @@ def test_segments_have_the_bits_of_the_reference(dtype: torch.dtype, bounds: tup
         assert torch.equal(wanted, actual) and all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("live", [(True, True, True), (False, True, False), (True, False, False), (False, False, True)], ids=str)
+def test_eager_norm_and_turn_have_the_bits_and_gradients_of_the_reference(dtype: torch.dtype, live: tuple[bool, ...]) -> None:
+    """live: which of x and two weights need a gradient; the others get none."""
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    x, *weights = (leaf.requires_grad_(needed) for leaf, needed in zip([3 * normal(37, 24, dtype=dtype), *normal(2, 24, dtype=dtype)], live, strict=True))
+    grad, leaves, angles = normal(37, 25, dtype=dtype)[:, 1:], [leaf for leaf in (x, *weights) if leaf.requires_grad], normal(37, 4, dtype=dtype).repeat(1, 2)
+    found = []
+    for impl in PLAIN:
+        normed = rms_norm(x, weights, (0, 13, 37), 0.01, impl=impl)
+        turned = rope(normed.unflatten(1, (3, 8)), angles.cos(), angles.sin(), impl=impl).flatten(1)
+        found.append(((normed, turned), torch.autograd.grad(turned, leaves, grad)))
+    for wanted, actual in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(wanted, actual)
+    for wanted, actual in zip(found[0][1], found[1][1], strict=True):
+        assert actual.dtype == dtype and float((wanted - actual).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def test_eager_norm_keeps_its_rows_once() -> None:
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(tuple(x.shape)), x)[1], lambda x: x):
+        rms_norm(normal(7, 5).requires_grad_(), list(normal(2, 5)), (0, 3, 7), 0.01, impl="eager")
+    assert sorted(kept) == [(5,), (5,), (7, 1), (7, 5)]
+
+
 @pytest.mark.parametrize("bounds", [(0, 3), (1, 3, 7), (0, 5, 3, 7), (0, 3, 6), (0, 9, 7)])
 def test_bounds_that_do_not_fit_are_refused(bounds: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="modality_gemm: bounds="):
         modality_gemm(normal(7, 5), list(normal(2, 3, 5)), bounds)
-    with pytest.raises(ValueError, match="rms_norm: bounds="):
-        rms_norm(normal(7, 5), list(normal(2, 5)), bounds, 0.01)
+    for impl in PLAIN:
+        with pytest.raises(ValueError, match="rms_norm: bounds="):
+            rms_norm(normal(7, 5), list(normal(2, 5)), bounds, 0.01, impl=impl)
 
 
+@pytest.mark.parametrize("impl", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_arithmetic_of_hugging_face(dtype: torch.dtype) -> None:
+def test_the_arithmetic_of_hugging_face(dtype: torch.dtype, impl: str) -> None:
     """Equal to the bit, so that only the order of sums inside GEMMs and attention separates our logits from theirs."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
     x, gain = 3 * normal(9, 16, dtype=dtype), normal(16, dtype=dtype)
     theirs = LlamaRMSNorm(16, eps=1e-5).to(dtype)
     theirs.weight.data.copy_(gain)
-    assert torch.equal(rms_norm(x, [gain], (0, 9), 1e-5), theirs(x).detach())
+    assert torch.equal(rms_norm(x, [gain], (0, 9), 1e-5, impl=impl), theirs(x).detach())
 
     q, k = normal(9, 4, 8, dtype=dtype), normal(9, 2, 8, dtype=dtype)
     angles = torch.arange(9)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01]).repeat(2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
-    assert torch.equal(rope(q, cos, sin), expected[0][0].transpose(0, 1))
-    assert torch.equal(rope(k, cos, sin), expected[1][0].transpose(0, 1))
+    assert torch.equal(rope(q, cos, sin, impl=impl), expected[0][0].transpose(0, 1))
+    assert torch.equal(rope(k, cos, sin, impl=impl), expected[1][0].transpose(0, 1))
 
     gate, up = normal(9, 24, dtype=dtype), normal(9, 25, dtype=dtype)[:, 1:]
     assert torch.equal(swiglu(gate, up), torch.nn.SiLU()(gate) * up)
 
 
-def test_rope_turns_pairs_by_the_angle() -> None:
+@pytest.mark.parametrize("impl", PLAIN)
+def test_rope_turns_pairs_by_the_angle(impl: str) -> None:
     x, angles = normal(5, 2, 6), normal(5, 3)
-    out = rope(x, angles.repeat(1, 2).cos(), angles.repeat(1, 2).sin())
+    out = rope(x, angles.repeat(1, 2).cos(), angles.repeat(1, 2).sin(), impl=impl)
     for row in range(5):
         for i in range(3):
             pair = torch.complex(x[row, :, i], x[row, :, i + 3]) * torch.polar(torch.tensor(1.0).double(), angles[row, i])
@@ -160,6 +192,20 @@ def test_swiglu_equals_its_formula_and_gradients() -> None:
 def test_unknown_impl_names_the_choices(call) -> None:
     with pytest.raises(ValueError, match=r"impl='fast': choose one of auto, reference"):
         call()
+
+
+@pytest.mark.parametrize("bounds", [(0, 3, 7), (0, 0, 7)])
+def test_segments_seen_by_a_mode_are_one_operator_of_the_same_bits(bounds: tuple[int, ...]) -> None:
+    """Selective recomputation keeps an operator's result: a product into a buffer it would compute again."""
+    x, weights = normal(7, 5).requires_grad_(), [weight.clone().requires_grad_() for weight in normal(2, 3, 5)]
+    plain = modality_gemm(x, weights, bounds, impl="segments")
+    with FlopCounterMode(display=False) as counter:
+        seen = modality_gemm(x, weights, bounds, impl="segments")
+        grads = torch.autograd.grad(seen.square().sum(), [x, *weights])
+    assert [str(operator) for operator in counter.get_flop_counts()["Global"]] == ["fusiontrain.segments_gemm", "fusiontrain.segments_gemm_backward"]
+    assert torch.equal(plain, seen)
+    for actual, wanted in zip(torch.autograd.grad(plain.square().sum(), [x, *weights]), grads, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 def test_segments_compile_without_a_break() -> None:

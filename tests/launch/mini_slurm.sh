@@ -49,7 +49,9 @@ ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=${KILL_WAIT:-5}
-SlurmdTimeout=30
+SlurmdTimeout=${SLURMD_TIMEOUT:-30}
+# A busy machine answers late, and must not be taken for one that is gone.
+MessageTimeout=60
 CONF
   for (( node = 1; node <= nodes; node++ )); do
     echo "NodeName=n$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$(( port + node )) CPUs=2 RealMemory=1000"
@@ -61,15 +63,15 @@ CONF
 start() {
   mkdir -p "$dir"/{state,log,run}
   configure > "$dir/slurm.conf"
-  export SLURM_CONF="$dir/slurm.conf"
   [ -z "${WHILE_PID:-}" ] || stop_with "$WHILE_PID"
+  export SLURM_CONF="$dir/slurm.conf"
   # A daemon keeps what it inherits: a terminal, or a pipe that its starter reads until it is closed.
   slurmctld -f "$SLURM_CONF" </dev/null >/dev/null 2>&1
   for (( node = 1; node <= nodes; node++ )); do
     mkdir -p "$dir/spool.n$node"
     slurmd -f "$SLURM_CONF" -N "n$node" </dev/null >/dev/null 2>&1
   done
-  for (( attempt = 0; attempt < 120; attempt++ )); do
+  for (( attempt = 0; attempt < 480; attempt++ )); do
     [ "$(sinfo --noheader --Node --partition main --format %T 2>/dev/null | grep -c '^idle$')" = "$nodes" ] && return
     sleep 0.25
   done
@@ -91,8 +93,17 @@ stop() {
   for file in "$dir"/run/slurmd.*.pid "$dir/run/slurmctld.pid"; do
     [ ! -f "$file" ] || kill "$(cat "$file")" 2>/dev/null || true
   done
-  for process in $(pgrep slurmstepd); do
-    ! tr '\0' '\n' 2>/dev/null <"/proc/$process/environ" | grep -qxF "SLURM_CONF=$SLURM_CONF" || kill -KILL "$process" 2>/dev/null || true
+  for (( attempt = 0; attempt < 40; attempt++ )); do
+    [ -n "$(ours)" ] || return 0
+    sleep 0.25
+  done
+  ours | xargs -r kill -KILL 2>/dev/null || true
+}
+
+# Slurm's own processes that run with this configuration.
+ours() {
+  for process in $(pgrep '^slurm' || true); do
+    ! tr '\0' '\n' 2>/dev/null <"/proc/$process/environ" | grep -qxF "SLURM_CONF=$SLURM_CONF" || echo "$process"
   done
 }
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from fusiontrain.config.validate import cross_section_problems
 from fusiontrain.data.collate import collate
+from fusiontrain.data.tokenizer import load_tokenizer, require_room
+from fusiontrain.generate.codes import code_space, paint_codes
+from fusiontrain.generate.stream import Writing
+from fusiontrain.generate.write import write
 from fusiontrain.models.build import build_model
 from fusiontrain.models.layers.dropout import keyed_dropout
 from fusiontrain.models.llama_weights import export_llama
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of, document
+from fusiontrain.testing.generation import lively_model
+from fusiontrain.testing.models import write_tiny_llama
 from fusiontrain.types import PackedSequence
 from fusiontrain.utils.errors import UserError
 
@@ -77,6 +85,65 @@ def test_logits_equal_those_of_hugging_face_on_text_and_codes(tmp_path, swin_nor
         torch.testing.assert_close(logits[rows], hidden @ theirs.lm_head.weight.T, atol=1e-5, rtol=1e-5)
 
 
+def write_tokenizer(folder, vocab=VOCAB) -> None:
+    """Bytes, markers and codes, named as in a released Chameleon; codes stand among the other tokens, in an order of their own."""
+    from tokenizers import AddedToken, Tokenizer, models
+
+    names = {f"<{number}>": number for number in range(vocab)} | {letter: ord(letter) for letter in "abcdefgh "}
+    taken = {number: name for name, number in names.items()}
+    taken |= {256: "<s>", 257: "</s>", BOI: "<racm3:break>", EOI: "<eoss>", **{number: name for name, number in code_names().items()}}
+    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in taken.items()}, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(taken[number], special=True) for number in range(256, 260)])
+    tokenizer.add_tokens(list(code_names()))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def code_names() -> dict[str, int]:
+    """Names of the codes 0, 1, ... -> their ids."""
+    return {f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z": FIRST_CODE + (code * 7 + 3) % CODEBOOK for code in range(CODEBOOK)}
+
+
+def test_a_training_starts_from_a_chameleon_with_its_own_tokens_for_codes(tmp_path):
+    """Ids as Hugging Face's own table of the vocabulary has them, in the data, in what is written, and in the losses."""
+    from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
+
+    write_chameleon(tmp_path, swin_norm=False)
+    write_tokenizer(tmp_path)
+    names = {"begin_text_token": "<s>", "end_text_token": "</s>", "begin_image_token": "<racm3:break>", "end_image_token": "<eoss>"}
+    base = {"model.base": str(tmp_path), "data.tokenizer": names, **dict.fromkeys(f"model.{name}" for name in SHAPE)}
+    config = chameleon_config(**base)
+    assert cross_section_problems(config) == []
+    tokenizer = load_tokenizer(config)
+    theirs = ChameleonImageVocabularyMapping({"<image>": 7, **code_names()}).img2bpe
+    assert tokenizer.code_ids == tuple(theirs[code] for code in range(CODEBOOK)) and tokenizer.vocab_size == VOCAB
+    shape = build_model(chameleon_config(**base, **{"model.dropout": 0.1})).shape
+    require_room(config, tokenizer, shape.vocab_size)
+    assert shape.dropout == 0.1, "the base says nothing of it"
+    assert tokenizer.image_ids(np.array([5, 0])).tolist() == [theirs[5], theirs[0]]
+    assert not set(theirs.values()) & set(tokenizer.encode(f"a b {'IMGIMGBZ'}")), "what a text spells is no code"
+
+    model = lively_model(config)
+    space = code_space(config, tokenizer)
+    assert space.ids == tokenizer.code_ids
+    (written,) = paint_codes(model, tokenizer, ["a"], codes=replace(space, per_image=4), writing=Writing(1)).tolist()
+    logits = model.text_logits(batch_of([document([256, *tokenizer.encode("a"), BOI])], config)).detach()[2]
+    assert written[0] == max(range(CODEBOOK), key=lambda code: float(logits[theirs[code]]))
+    for text in write(model, tokenizer, ["a b"], writing=Writing(12, temperature=5.0)):
+        assert "IMGIMG" not in text
+
+
+def test_what_a_base_has_no_tokens_for_is_one_sentence(tmp_path):
+    base = write_tiny_llama(tmp_path / "llama")
+    config = chameleon_config(**{"model.base": base, **dict.fromkeys(f"model.{name}" for name in SHAPE)})
+    with pytest.raises(UserError, match="the codes of images need 280; start without a base"):
+        require_room(config, load_tokenizer(config), build_model(config).shape.vocab_size)
+    write_tokenizer(tmp_path)
+    few = chameleon_config(**{"data.tokenizer": {"path": str(tmp_path), "begin_text_token": "<s>", "end_text_token": "</s>",
+        "begin_image_token": "<racm3:break>", "end_image_token": "<eoss>"}, "data.image": {"representation": "codes", "codebook_size": 21}})  # fmt: skip
+    with pytest.raises(UserError, match=r"codebook_size=21: .* has tokens for 20 codes"):
+        load_tokenizer(few)
+
+
 def test_a_chameleon_is_no_llama(tmp_path):
     for overrides in ({"model.norm_position": "post"}, {"model.qk_norm": "layer"}):
         with pytest.raises(UserError, match="cannot be written as one"):
@@ -134,7 +201,7 @@ def test_dropout_is_for_training_alone_and_another_key_drops_others():
     model, batch = build_model(config), batch_of(documents(), config)
     losses = [model(batch)["text"].sum.item() for _ in range(2)]
     assert losses[0] == losses[1]
-    assert model(dataclasses.replace(batch, row_keys=batch.row_keys + 5))["text"].sum.item() != losses[0]
+    assert model(replace(batch, row_keys=batch.row_keys + 5))["text"].sum.item() != losses[0]
     still = build_model(chameleon_config())
     assert model.eval()(batch)["text"].sum.item() == still(batch)["text"].sum.item() != losses[0]
 

@@ -12,17 +12,9 @@ from transformers import LlamaForCausalLM
 from fusiontrain.models.hf import from_llama, to_llama
 from fusiontrain.models.llama_weights import read_llama_shape
 from fusiontrain.testing.batches import text_batch
-from fusiontrain.testing.models import write_tiny_llama
+from fusiontrain.testing.models import LLAMA3_ROPE, write_tiny_llama
 from fusiontrain.utils.errors import UserError
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 VARIANTS = {
     "untied, grouped queries": {},
     "tied": {"tie_word_embeddings": True},

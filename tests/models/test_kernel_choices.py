@@ -82,7 +82,7 @@ def test_the_config_names_the_implementations_that_there_are():
 
 
 def test_auto_is_the_plain_one_on_a_cpu_and_triton_on_a_gpu():
-    assert chosen() == Kernels("chunked", "segments", "reference", "reference", "reference", "chunked")
+    assert chosen() == Kernels("chunked", "segments", "eager", "eager", "reference", "chunked")
     assert chosen(GPU) == Kernels(*["triton"] * 6)
 
 
@@ -137,7 +137,7 @@ def test_triton_without_a_gpu_is_one_sentence_before_any_training(monkeypatch):
 def test_a_line_for_the_log_says_what_was_chosen_and_why():
     assert build_model(tiny_config({"kernels.attention": "sdpa"})).kernels.origin == (
         "kernels on cpu: attention sdpa (kernels.attention=sdpa); "
-        "gemm segments, norm reference, rope reference, swiglu reference, cross_entropy chunked (kernels.impl=auto: the best on cpu)"
+        "gemm segments, norm eager, rope eager, swiglu reference, cross_entropy chunked (kernels.impl=auto: the best on cpu)"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fusiontrain.studies.step_matching import DROPPED, SMOOTHING, match_steps, smooth
+from fusiontrain.studies.step_matching import DROPPED, SMOOTHING, match_steps
 
 
 def power_law(steps: int, pace: float) -> np.ndarray:
@@ -23,9 +23,8 @@ def test_a_run_at_another_pace_needs_that_share_of_the_steps(share):
 def test_the_same_run_has_slope_one_whatever_its_noise():
     losses = power_law(500, 1.0) + np.random.default_rng(0).normal(0, 0.05, 500)
     match = match_steps(losses, losses)
-    flat = np.flatnonzero(np.diff(smooth(losses)) == 0)
-    assert match.slope == pytest.approx(1.0, abs=0.02 + len(flat) / 500)
-    assert match.reached == 1.0
+    assert match.slope == match.reached == 1.0
+    assert len(match.steps) < 400, "some steps of a noisy run bring no lower loss"
 
 
 def test_losses_that_are_never_reached_are_counted_and_left_out():
@@ -46,6 +45,8 @@ def test_against_a_loop():
     points = []
     for step in range(int(300 * DROPPED) + 1, 301):
         wanted = curves[0][step - 1]
+        if wanted == curves[0][step - 2]:
+            continue
         later = next((i for i in range(300) if curves[1][i] <= wanted), None)
         if later is not None:
             points.append((step, later + 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 
@@ -20,7 +21,10 @@ TINIEST = Scale(
     "tiniest",
     200,
     2,
-    ("train.steps=3", "optimizer.warmup_steps=0", "checkpoint.every_steps=1", "evaluate.every_steps=3", "evaluate.batches=1", "sample.steps=2"),
+    (
+        *("train.steps=3", "optimizer.warmup_steps=0", "checkpoint.every_steps=1", "checkpoint.keep_last=3", "evaluate.every_steps=3"),
+        *("evaluate.batches=1", "sample.steps=2"),
+    ),
     ("train.steps=2", "optimizer.warmup_steps=0", "evaluate.batches=1"),
 )
 STUDY = Study(
@@ -68,14 +72,15 @@ def test_the_table_stands_beside_the_published_figures():
 def test_a_study_is_carried_out_and_goes_on_where_it_stopped(tmp_path):
     said: list[str] = []
     work = Work(STUDY, TINIEST, (), tmp_path, 1, 0, said.append, lambda *_: None)
-    first = dataclasses.replace(STUDY, variants=STUDY.variants[:1])
-    cut = dataclasses.replace(work, study=first, overrides=("train.steps=2", "evaluate.every_steps=2"))
-    assert cut.run()["steps"] == {"frozen": 2}
+    first = dataclasses.replace(work, study=dataclasses.replace(STUDY, name="first", variants=STUDY.variants[:1])).run()
+    run = tmp_path / TINIEST.name / "trainings" / first["trainings"]["frozen"]
+    shutil.rmtree(run / "checkpoints" / "step-00000003")  # as if it had been cut short
     report = work.run()
-    assert report["steps"] == {"frozen": 3, "learning": 3}
-    assert "frozen: training from step 2 on" in said
+    assert report["steps"] == {"frozen": 3, "learning": 3} and report["trainings"]["frozen"] == run.name, "of both studies"
+    assert said.count("frozen: training") == 1 and "frozen: training from step 3 on" in said
     values, folder = report["values"], work.folder
-    rows = {name: read_metrics(folder / name) for name in values}
+    assert values["frozen"]["loss/image"] == first["values"]["frozen"]["loss/image"]
+    rows = {name: read_metrics(run.parent / place) for name, place in report["trainings"].items()}
     assert [row["step"] for row in rows["frozen"]] == [1, 2, 3]
     assert values["frozen"]["loss/image"] == rows["frozen"][-1]["loss/image"]
     assert values["frozen"]["text drift"] == 0 and abs(values["learning"]["text drift"]) > 1e-6

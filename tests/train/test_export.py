@@ -32,7 +32,7 @@ from fusiontrain.testing.batches import random_documents, text_batch
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of
 from fusiontrain.testing.memory import peak_rss_above_baseline
-from fusiontrain.testing.models import write_tiny_llama
+from fusiontrain.testing.models import LLAMA3_ROPE, write_tiny_llama
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.training import SHAPE_KEYS, full_tensors, lmfusion_config, write_base
 from fusiontrain.train.checkpoint import save_checkpoint
@@ -43,14 +43,6 @@ from fusiontrain.train.sources import open_source
 from fusiontrain.train.state import TrainState, model_tensors
 from fusiontrain.utils.errors import UserError
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 DENSE = {"model.recipe": "dense", "data.modalities": ["text"]}
 NO_SHAPE = {f"model.{key}": None for key in SHAPE_KEYS}
 TOKENS = [256, *b"gr\xc3\xb6\xc3\x9fer \n a  b", 3, 250, 257]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from fusiontrain.parallel.mesh import Ranks, process_group, read_ranks
 from fusiontrain.parallel.reduce import on_main
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.ranks import shared_pool
-from fusiontrain.train.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
+from fusiontrain.train.checkpoint import list_checkpoints, load_checkpoint, save, verify_checkpoint
+from fusiontrain.train.checkpoint.folders import publish
 from fusiontrain.train.saving import Saver, all_finite
 from fusiontrain.train.state import TrainState, optimizer_tensors
 from fusiontrain.utils.errors import UserError
+
+IMPATIENT = {"parallel.timeout_seconds": 2}
 
 
 class Run:
@@ -122,6 +126,33 @@ def save_once(folder: str) -> str:
             run.saver.wait()
         run.saver.close()
         return str(caught.value)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_slow_storage_has_the_time_of_a_save_and_not_that_of_a_collective(tmp_path: Path, asynchronous: bool) -> None:
+    for event in shared_pool().run(save_to_slow_storage, 2, str(tmp_path), asynchronous):
+        assert event.startswith("step 1: saved")
+
+
+def test_a_save_that_takes_too_long_is_a_sentence(tmp_path: Path) -> None:
+    said = shared_pool().run(save_to_slow_storage, 2, str(tmp_path), True, 1)
+    assert all("step-00000001: cannot be saved" in sentence and "\n" not in sentence for sentence in said)
+    assert any("checkpoint.timeout_seconds" in sentence for sentence in said)
+
+
+def save_to_slow_storage(folder: str, asynchronous: bool, patience: int = 120) -> str:
+    ranks = read_ranks()
+    with process_group(ranks, tiny_config(IMPATIENT).parallel), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "publish", lambda *paths: (time.sleep(5), publish(*paths)))
+        run = Run(Path(folder), asynchronous, ranks=ranks, overrides={**IMPATIENT, "checkpoint.timeout_seconds": patience})
+        try:
+            run.saver.save(TrainState(step=1), {})
+            run.saver.wait()
+        except UserError as error:
+            return str(error)
+        finally:
+            run.saver.close()
+        return run.events[0]
 
 
 def test_a_best_that_is_never_known_is_said_once(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import math
 import re
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,12 @@ from PIL import Image
 
 from fusiontrain.config.schema import Config
 from fusiontrain.testing.training import world_config
+from fusiontrain.train.build import check_config
 from fusiontrain.train.metrics import MetricsWriter, read_metrics
 from fusiontrain.train.sinks import guard
 from fusiontrain.train.sinks.guard import Guard
 from fusiontrain.train.step_values import KEYS, shown, tag_of
+from fusiontrain.utils.errors import UserError
 
 
 def two_sources(folder: Path, steps: int) -> Config:
@@ -191,6 +196,58 @@ def test_mlflow_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pyte
         history = sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, tag))
         assert history == [(step, pytest.approx(1 / step if scale is None else scale * step)) for step in (1, 2, 3, 4)]
     assert {file.path for file in client.list_artifacts(run.info.run_id, "run")} == {"run/config.md", "run/mixture.md"}
+
+
+def wandb_records(path: Path) -> list:
+    """What a .wandb file holds. After a header of 7 bytes it is LevelDB's log: blocks of 32 KiB of pieces, each with a checksum, a length and a kind."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, records, pieces = path.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # too little for a piece: the rest of a block is empty
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        pieces += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            records.append(Record.FromString(pieces))
+            pieces = b""
+    return records
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
+def test_wandb_offline_has_every_step_once_under_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert write_some(tmp_path, 0, 3, ["wandb"]) == []
+    time.sleep(1)  # its folders are named by the second
+    assert write_some(tmp_path, 2, 4, ["wandb"]) == []
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({file.name for file in files}) == 1, "what a resumed run adds goes to the same run"
+    found: dict[str, list[tuple[int, float]]] = {}
+    config, summary = {}, {}
+    for record in (record for file in files for record in wandb_records(file)):
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        summary |= {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.summary.update}
+        for item in record.history.item:
+            key, value = "/".join(item.nested_key) or item.key, json.loads(item.value_json)
+            found.setdefault(key, []).append((record.history.step.num, value))
+    assert found["loss/total"] == [(step, pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
+    assert found["loss_by_source_text/train"] == [(step, 2.0 * step) for step in (1, 2, 3, 4)]
+    assert not any("mfu" in key or "loss/image" in key for key in found), "what is not finite is not sent"
+    assert found["samples/pictures/captions"] == [(3, ["a circle"]), (4, ["a circle"])]
+    (name,) = found["samples/pictures/filenames"][0][1]
+    assert Image.open(files[0].parent / "files" / name).size == (4, 4)
+    assert config["train"]["steps"] == 4 and "global_batch_sequences" in summary["run/config"]
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.model_validate(world_config(tmp_path).model_dump() | {"metrics": {"sinks": ["tensorboard", "wandb"]}})
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UserError) as error:
+        check_config(config, 1)
+    assert str(error.value) == "metrics.sinks: wandb: is not installed: pip install 'fusiontrain[wandb]', or leave it out"
 
 
 def test_tags_have_a_group_and_values_are_finite() -> None:

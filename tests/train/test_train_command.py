@@ -46,6 +46,9 @@ def test_train_then_list_and_verify(config_file: Path, capsys: pytest.CaptureFix
     assert re.search(r"^step 1/1 loss \d+\.\d+ text \d", err, re.MULTILINE) and "saved" in err
     log = (run_dir / "logs/rank-0.log").read_text()
     assert "rank 0" in log and log.count("kernels on cpu: attention chunked") == 1
+    (begun,) = [line for line in err.splitlines() if line.startswith("training ")]
+    (saved,) = [line for line in err.splitlines() if line.startswith("step 1: saved ")]
+    assert [line.partition("fusiontrain.cli.reporters: ")[2] for line in log.splitlines() if "cli.reporters" in line][::2] == [begun, saved]
 
     assert main(["train", str(config_file)]) == 0  # resumes by itself
     assert "from step 1 to 2" in capsys.readouterr().err
@@ -119,6 +122,7 @@ def test_a_run_that_diverges_exits_1(config_file: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Trainer, "run", diverge)
     assert main(["train", str(config_file), f"run.dir={config_file.parent}/diverged"]) == 1
     assert "error: the loss is not finite" in capsys.readouterr().err
+    assert (config_file.parent / "diverged/logs/rank-0.log").read_text().endswith("error: the loss is not finite\n")
 
 
 def test_the_live_line_shows_progress_and_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +140,7 @@ def test_the_live_line_shows_progress_and_events(monkeypatch: pytest.MonkeyPatch
 
 
 def test_only_the_main_rank_speaks() -> None:
-    assert type(command.make_reporter(is_main=False)) is command.SilentReporter
+    assert type(command.make_reporter(is_main=False)) is command.LogReporter
     assert type(command.make_reporter(is_main=True)) is command.PlainReporter
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,15 +11,20 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.utils import _create_file_view  # with which torch reads these files
 from torch.futures import Future
 
 from fusiontrain.train.checkpoint.durable import CHUNK_BYTES
 
+HEAD_BYTES = 1 << 12
+CONTENT = b"archive/data/0"
+"""What torch.save calls a tensor's bytes in its zip format. The name comes right before them, within `HEAD_BYTES`."""
+
 
 class CheckingReader(dcp.FileSystemReader):
-    """Reads what torch's reader reads, without its three copies of every tensor on the way.
+    """Reads what `SealingWriter` wrote, each file from its beginning to its end: without the copies that torch's reader makes of every tensor, and
+    without its jumps to the end of a tensor before its beginning, which put the system's reading ahead out of step.
 
     check: names of files to be read whole if any tensor of theirs is wanted. After the load, `checksums` has those that were.
     """
@@ -28,23 +33,34 @@ class CheckingReader(dcp.FileSystemReader):
         super().__init__(checkpoint)
         self.checksums: dict[str, str] = {}
         self._folder, self._check = checkpoint, check
+        self._tensors: dict[str, Any] = {}
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        """What DCP calls on every rank before it plans."""
+        super().set_up_storage_reader(metadata, *args, **kwargs)
+        self._tensors = metadata.state_dict_metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
         """What DCP calls on every rank. Raises whatever damaged bytes may make of torch's unpacking."""
-        wanted: dict[str, dict[Any, list[ReadItem]]] = {}
+        wanted: dict[str, dict[MetadataIndex, list[ReadItem]]] = {}
         for item in sorted(plan.items, key=lambda item: self.storage_data[item.storage_index].offset):
             place = self.storage_data[item.storage_index]
             wanted.setdefault(place.relative_path, {}).setdefault(item.storage_index, []).append(item)
-        for name, items in wanted.items():
-            places = [self.storage_data[index] for index in items]
-            with _Pass(self._folder / name, checked=name in self._check) as file, ThreadPoolExecutor(1) as ahead:
-                for (first, stored), of_one in zip(ahead.map(file.layout, places), items.values(), strict=True):
-                    _read(file, first, stored, of_one, planner)
+        for name, of_file in wanted.items():
+            with _Pass(self._folder / name, checked=name in self._check) as file:
+                for index, items in of_file.items():
+                    _read(file, file.content_of(self.storage_data[index].offset), self._stored(index), items, planner)
                 if (checksum := file.finish()) is not None:
                     self.checksums[name] = checksum
         done: Future = Future()
         done.set_result(None)
         return done
+
+    def _stored(self, index: MetadataIndex) -> torch.Tensor:
+        """A tensor, or the part of it that one rank wrote, without its content, on the meta device."""
+        tensor = self._tensors[index.fqn]
+        sizes = next(chunk.sizes for chunk in tensor.chunks if chunk.offsets == index.offset)
+        return torch.empty(sizes, dtype=tensor.properties.dtype, device="meta")
 
 
 def _read(file: _Pass, first: int, stored: torch.Tensor, wanted: list[ReadItem], planner: LoadPlanner) -> None:
@@ -53,8 +69,8 @@ def _read(file: _Pass, first: int, stored: torch.Tensor, wanted: list[ReadItem],
     if len(targets) == 1 and _same_memory(targets[0], stored):
         file.read_into(targets[0], first)
     else:
-        whole = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype)
-        file.read_into(torch.empty(0, dtype=stored.dtype).set_(whole.untyped_storage()), first)
+        whole = torch.empty_like(stored, device="cpu")
+        file.read_into(whole, first)
         for item, target in zip(wanted, targets, strict=True):
             part = whole[tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))]
             if part.shape != target.shape:
@@ -66,33 +82,30 @@ def _read(file: _Pass, first: int, stored: torch.Tensor, wanted: list[ReadItem],
 
 def _same_memory(target: torch.Tensor, stored: torch.Tensor) -> bool:
     """Whether the bytes of `stored` are those that `target` is to have, in the same order."""
-    alike = (target.dtype, target.shape, target.stride()) == (stored.dtype, stored.shape, stored.stride())
-    return alike and target.device.type == "cpu" and target.is_contiguous()
+    return (target.dtype, target.shape, target.device.type) == (stored.dtype, stored.shape, "cpu") and target.is_contiguous()
 
 
 class _Pass:
     """One reading of a file, from its beginning to its end if it is to be checked, else only of what is asked for."""
 
     def __init__(self, path: Path, checked: bool) -> None:
-        self._packed = path.open("rb")
         self._file = path.open("rb", buffering=0)
         self._place = 0
         self._digest = xxhash.xxh3_128() if checked else None
-        self._thread = ThreadPoolExecutor(1)  # so that the next part is read while this one is digested
-        self._last = self._thread.submit(lambda: None)
 
     def __enter__(self) -> _Pass:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._thread.shutdown()
         self._file.close()
-        self._packed.close()
 
-    def layout(self, place: Any) -> tuple[int, torch.Tensor]:
-        """Where the bytes of a stored tensor begin, and the tensor without them, on the meta device. To be called from one thread only."""
-        stored = torch.load(_create_file_view(self._packed, place.offset, place.length), map_location="meta", weights_only=True)
-        return place.offset + stored.untyped_storage()._checkpoint_offset, stored
+    def content_of(self, place: int) -> int:
+        """Where the bytes of the tensor begin that torch.save wrote at `place`: behind the name of their entry and as many bytes as stand before it."""
+        head = os.pread(self._file.fileno(), HEAD_BYTES, place)
+        name = head.find(CONTENT)
+        if name < 0:
+            raise ValueError(f"{self._file.name}: has no tensor at {place}")
+        return place + name + len(CONTENT) + int.from_bytes(head[name - 2 : name], "little")
 
     def read_into(self, tensor: torch.Tensor, first: int) -> None:
         """Fill a contiguous tensor on the CPU with the bytes from place `first` on. What is read must lie behind what was read before."""
@@ -109,7 +122,6 @@ class _Pass:
             return None
         while self._readinto(memoryview(bytearray(CHUNK_BYTES))):
             pass
-        self._last.result()
         return self._digest.hexdigest()
 
     def _skip_to(self, place: int) -> None:
@@ -128,6 +140,5 @@ class _Pass:
             count += length
         self._place += count
         if self._digest is not None:
-            self._last.result()  # no more than two parts wait, whatever keeps the thread
-            self._last = self._thread.submit(self._digest.update, buffer[:count])
+            self._digest.update(buffer[:count])
         return count

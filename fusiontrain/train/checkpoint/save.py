@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,9 @@ from fusiontrain.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+OUT_OF_TIME = re.compile(r"timed? ?out", re.IGNORECASE)
+"""What gloo says when a rank waits too long for another."""
 
 
 def save_checkpoint(
@@ -104,6 +108,11 @@ def _in_words(checkpoint: Path, error: BaseException) -> str:
         what = f"rank {rank}: {cause}"
     else:
         what = str(error)
+    if OUT_OF_TIME.search(what):
+        return (
+            f"{checkpoint}: cannot be saved (a rank waited longer for another than checkpoint.timeout_seconds): the checkpoints before it are complete, look "
+            "at the storage, or raise that, and run the same command again"
+        )
     existing = next(folder for folder in checkpoint.parents if folder.is_dir())
     free = shutil.disk_usage(existing).free / 2**20
     return (

@@ -17,7 +17,7 @@ from fusiontrain.train.checkpoint.durable import seal
 
 
 class CopyingPlanner(dcp.DefaultSavePlanner):
-    """Hands out copies of tensors that were on a CUDA device, once they are made."""
+    """Hands out copies of tensors that were on a CUDA device, once they are made; every tensor contiguous, as `CheckingReader` wants them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,8 @@ class CopyingPlanner(dcp.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Any:
         """What DCP asks for when it writes an item."""
         copy = self._copies.get(write_item.index)
-        return super().resolve_data(write_item) if copy is None else copy
+        data = super().resolve_data(write_item) if copy is None else copy
+        return data.contiguous() if isinstance(data, torch.Tensor) else data
 
 
 class SealingWriter(dcp.FileSystemWriter):

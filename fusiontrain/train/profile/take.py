@@ -20,8 +20,8 @@ from fusiontrain.train.profile.page import page
 from fusiontrain.train.profile.peak import Peak, peak_of
 from fusiontrain.train.profile.report import Report, imbalance_of, make_rows, rank_rows, total_flops
 from fusiontrain.train.profile.window import RankProfile, Window
+from fusiontrain.train.reporter import Reporter
 from fusiontrain.train.signals import StopRequest
-from fusiontrain.train.trainer import Reporter
 from fusiontrain.utils.errors import UserError
 
 JSON_FILE, PAGE_FILE = "report.json", "report.html"

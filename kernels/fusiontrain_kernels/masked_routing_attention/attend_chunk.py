@@ -11,8 +11,10 @@ import torch
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [K, n, Dh], lse [K, n]."""
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, has_blind: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [K, n, Dh], lse [K, n]. has_blind: whether any query sees nothing."""
     if _has_kernel(q):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], attn_mask=_mask(bias), scale=scale)
         out, lse = out[0], lse[0]
@@ -20,7 +22,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tenso
         scores = _scores(q, k, bias, scale)
         lse = scores.logsumexp(-1)
         out = _weights(scores, lse) @ v
-    return out, lse if bias is None else lse.masked_fill(_blind(bias), -torch.inf)
+    return out, lse.masked_fill(_blind(bias), -torch.inf) if has_blind and bias is not None else lse
 
 
 def backward(

@@ -1,7 +1,7 @@
 """masked_routing_attention in chunks of neighbouring queries, each over the few keys that any of them sees. PyTorch alone, any device.
 
-The plan of a call (which chunks, which keys) depends on `key_ranges` alone and is read by the host, which on a GPU waits for the device; it is
-made once per `key_ranges` tensor. All of it happens inside one operator, so torch.compile sees no numbers.
+The plan of a call (which chunks, which keys, and small masks) depends on `key_ranges` alone and is read by the host, which on a GPU waits for the
+device; it is made once per `key_ranges` tensor. All of it happens inside one operator, so torch.compile sees no numbers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 
 from fusiontrain_kernels.masked_routing_attention import attend_chunk
 from fusiontrain_kernels.masked_routing_attention.arguments import Arguments, wanted_rows
-from fusiontrain_kernels.masked_routing_attention.chunked_plan import Chunk, Span, plan_of
+from fusiontrain_kernels.masked_routing_attention.chunked_plan import Chunk, Span, bias_of, biases_of, plan_of
 from fusiontrain_kernels.masked_routing_attention.registration import register
 
 
 def masked_routing_attention(given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the package. Sums are in float32 at least. Memory beside the results: float32 copies of 16-bit tensors, and one chunk's mask."""
+    """See the package. Sums are in float32 at least. Memory beside the results: float32 copies of 16-bit tensors, and masks of at most KEPT_SCORES."""
     out, lse = operator(*given[:5], given.grad_rows, given.scale)
     return out, lse
 
@@ -34,7 +34,8 @@ def forward(
         if not chunk.keys:
             out[rows], lse[:, rows] = 0, -torch.inf
             continue
-        found, found_lse = attend_chunk.forward(_by_kv_head(q[rows], num_kv_heads), _keys(k, chunk.keys), _keys(v, chunk.keys), bias, scale)
+        queries, keys, values = _by_kv_head(q[rows], num_kv_heads), _keys(k, chunk.keys), _keys(v, chunk.keys)
+        found, found_lse = attend_chunk.forward(queries, keys, values, bias, scale, chunk.has_blind)
         out[rows] = _by_row(found, q.shape[1])
         lse[:, rows] = found_lse.reshape(q.shape[1], -1)
 
@@ -47,7 +48,8 @@ def backward(
     """Writes dq, dk and dv as far as they are given; chunks of which no gradient is wanted are skipped."""
     d_out, q, k, v, out = (_wide(tensor) for tensor in (d_out, q, k, v, out))
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
-    sums = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    results = dq, *(dkdv or (None, None))
+    sums = [_zeros_for(result, like) for result, like in zip(results, (q, k, v), strict=True)]
     intervals = None if grad_rows is None else grad_rows.tolist()
     for chunk, bias in _chunks(key_ranges, q, num_kv_heads, intervals):
         if not chunk.keys:
@@ -61,28 +63,32 @@ def backward(
         sums[0][rows] = _by_row(grads[0], num_heads)
         for total, grad in zip(sums[1:], grads[1:], strict=True):
             _add_keys(total, grad, chunk.keys)
-    for result, total in zip((dq, *(dkdv or (None, None))), sums, strict=True):
-        if result is not None:
-            result.copy_(total if grad_rows is None else total.masked_fill_(~wanted_rows(grad_rows, len(q))[:, None, None], 0))
+    for result, total in zip(results, sums, strict=True):
+        if result is None:
+            continue
+        if grad_rows is not None:
+            total.masked_fill_(~wanted_rows(grad_rows, len(q))[:, None, None], 0)
+        if result is not total:
+            result.copy_(total)
+
+
+def _zeros_for(result: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Where to sum up what is wanted: in the result itself, unless that is narrower."""
+    return torch.zeros_like(like) if result is None or result.dtype != like.dtype else result.zero_()
 
 
 def _chunks(
     key_ranges: torch.Tensor, q: torch.Tensor, num_kv_heads: int, intervals: list[list[int]] | None = None
 ) -> Iterator[tuple[Chunk, torch.Tensor | None]]:
     """Those of which a gradient is wanted, and what to add to their scores: [queries of all heads of a key head, keys], or nothing."""
-    for chunk in plan_of(key_ranges) if len(q) else []:
+    if len(q) == 0:
+        return
+    biases, repeats = biases_of(key_ranges), q.shape[1] // num_kv_heads
+    for number, chunk in enumerate(plan_of(key_ranges)):
         if chunk.wants_gradient(intervals):
-            bias = None if chunk.all_seen or not chunk.keys else _bias(key_ranges[slice(*chunk.rows)], chunk.keys, q.dtype)
-            yield chunk, None if bias is None else bias.repeat(q.shape[1] // num_kv_heads, 1)
-
-
-def _bias(key_ranges: torch.Tensor, keys: list[Span], dtype: torch.dtype) -> torch.Tensor:
-    """[n, G, 2] -> [n, m]: 0 where the query sees the key, else -inf."""
-    columns = torch.cat([torch.arange(*span, dtype=key_ranges.dtype, device=key_ranges.device) for span in keys])
-    seen = torch.zeros(len(key_ranges), len(columns), dtype=torch.bool, device=columns.device)
-    for low, high in (interval.split(1, dim=1) for interval in key_ranges.unbind(1)):
-        seen |= (columns >= low) & (columns < high)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            bias = bias_of(chunk, key_ranges) if biases is None else biases[number]
+            bias = None if bias is None else bias.to(q.dtype)
+            yield chunk, bias if bias is None or repeats == 1 else bias.repeat(repeats, 1)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,17 +12,26 @@ from fusiontrain_kernels.masked_routing_attention.kept import Kept
 
 CHUNK_ROWS = 64
 """Queries per chunk. On one CPU core 64 beats 32 (overhead of calls) and 128 (keys that few of the queries see)."""
+KEPT_SCORES = 1 << 23
+"""Pairs of query and key whose masks are kept from layer to layer, 4 bytes each. Making them takes a tenth of the attention of a small model; a batch
+with more pairs than these has its masks made again in every layer, so that no memory grows with the square of its rows."""
 
 Span = tuple[int, int]
 """Rows from the first number to before the second."""
 
 
 class Chunk(NamedTuple):
-    """Its queries; the keys that any of them sees, in ascending order without overlaps; and whether all of them see all of those."""
+    """Its queries; the keys that any of them sees, in ascending order without overlaps; whether all of them see all of those, and any sees none."""
 
     rows: Span
     keys: list[Span]
     all_seen: bool
+    has_blind: bool
+
+    @property
+    def num_scores(self) -> int:
+        """Pairs of a query and a key."""
+        return (self.rows[1] - self.rows[0]) * sum(high - low for low, high in self.keys)
 
     def wants_gradient(self, intervals: list[list[int]] | None) -> bool:
         """Whether any of its rows is in `intervals`; without them, always."""
@@ -41,11 +50,12 @@ def make_plan(key_ranges: torch.Tensor) -> list[Chunk]:
     extremes[0].scatter_reduce_(0, chunk_of_row, ranges, "amin", include_self=False)
     extremes[1].scatter_reduce_(0, chunk_of_row, ranges, "amax", include_self=False)
     smallest, largest = extremes.tolist()
+    blind = empty.flatten(1).all(1).tolist()  # of every row
     starts = itertools.accumulate(num_rows, initial=0)
     chunks = []
     for start, count, low, high in zip(starts, num_rows, smallest, largest, strict=False):
         keys = _union((low[g][0], high[g][1]) for g in range(len(low)) if low[g][0] < high[g][1])
-        chunks.append(Chunk((start, start + count), keys, all_seen=low == high))
+        chunks.append(Chunk((start, start + count), keys, all_seen=low == high, has_blind=any(blind[start : start + count])))
     return chunks
 
 
@@ -73,4 +83,25 @@ def _chunk_sizes(key_ranges: torch.Tensor) -> list[int]:
     return [min(CHUNK_ROWS, end - first) for start, end in itertools.pairwise(borders) for first in range(start, end, CHUNK_ROWS)]
 
 
+def bias_of(chunk: Chunk, key_ranges: torch.Tensor) -> torch.Tensor | None:
+    """What to add to a chunk's scores, [n, m] float32: 0 where the query sees the key, else -inf; nothing where all see all."""
+    if chunk.all_seen or not chunk.keys:
+        return None
+    intervals = key_ranges[slice(*chunk.rows)].unbind(1)  # G of [n, 2]
+    columns = torch.cat([torch.arange(*span, dtype=key_ranges.dtype, device=key_ranges.device) for span in chunk.keys])
+    seen = torch.zeros(len(intervals[0]), len(columns), dtype=torch.bool, device=columns.device)
+    for low, high in (interval.split(1, dim=1) for interval in intervals):
+        seen |= (columns >= low) & (columns < high)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def make_biases(key_ranges: torch.Tensor) -> list[torch.Tensor | None] | None:
+    """`bias_of` every chunk, if they are small: None where together they would have more than KEPT_SCORES numbers."""
+    chunks = plan_of(key_ranges)
+    if sum(chunk.num_scores for chunk in chunks if not chunk.all_seen) > KEPT_SCORES:
+        return None
+    return [bias_of(chunk, key_ranges) for chunk in chunks]
+
+
 plan_of = Kept(make_plan)
+biases_of = Kept(make_biases)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from fusiontrain_kernels._segments import check_bounds, scatter_live, without_none
@@ -22,11 +23,14 @@ Biases = Sequence[torch.Tensor | None]
 
 def modality_gemm(x: torch.Tensor, weights: Tensors, bounds: tuple[int, ...], biases: Biases | None, offsets: torch.Tensor | None) -> torch.Tensor:
     """See the package. One weight is a plain `F.linear`, so a tied model computes exactly what a dense one does."""
-    if offsets is None or not offsets.is_cpu:
+    is_watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if not is_watched or offsets is None or not offsets.is_cpu:
         check_bounds("modality_gemm", bounds, len(weights), len(x))
-        offsets = torch.tensor(bounds, dtype=torch.int32)
     if len(weights) == 1:
         return F.linear(x, weights[0], None if biases is None else biases[0])
+    if not is_watched:
+        return _Plain.apply(x, bounds, len(weights), *weights, *without_none(biases, weights))
+    offsets = torch.tensor(bounds, dtype=torch.int32) if offsets is None or not offsets.is_cpu else offsets
     return segments_gemm(x, list(weights), without_none(biases, weights), offsets)
 
 
@@ -35,6 +39,10 @@ def segments_gemm(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequ
     """offsets [M + 1] int32 on the CPU, wherever x is. biases: one a modality, or none at all."""
     bounds = tuple(offsets.tolist())
     check_bounds("modality_gemm", bounds, len(weights), len(x))
+    return _forward(x, weights, biases, bounds)
+
+
+def _forward(x: torch.Tensor, weights: Tensors, biases: Tensors, bounds: tuple[int, ...]) -> torch.Tensor:
     out = _empty_out(x, weights)
     for m, (low, high) in enumerate(itertools.pairwise(bounds)):
         if biases:
@@ -59,9 +67,15 @@ def segments_gemm_backward(
     biases_live: Sequence[bool],
 ) -> list[torch.Tensor]:
     """-> gradients of x, if live, then of the live weights [N, K], then of the live biases [N]."""
-    grads = _empty_grads(grad, x, weights, offsets, x_live, weights_live, biases_live)
+    return _backward(grad, x, weights, offsets.tolist(), x_live, weights_live, biases_live)
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, weights: Tensors, bounds: Sequence[int], x_live: bool, weights_live: Sequence[bool], biases_live: Sequence[bool]
+) -> list[torch.Tensor]:
+    grads = _empty_grads(grad, x, weights, None, x_live, weights_live, biases_live)
     remaining = iter(grads)
-    rows = list(itertools.pairwise(offsets.tolist()))
+    rows = list(itertools.pairwise(bounds))
     if x_live:
         x_grad = next(remaining)
         for (low, high), weight in zip(rows, weights, strict=True):
@@ -93,6 +107,26 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grads = segments_gemm_backward(grad, x, weights, offsets, x_live, weights_live, biases_live)
     first, second = int(x_live), int(x_live) + sum(weights_live)
     return grads[0] if x_live else None, scatter_live(grads[first:second], weights_live), scatter_live(grads[second:], biases_live), None
+
+
+class _Plain(torch.autograd.Function):
+    """The same without an operator around it: that is for whoever looks at operators (torch.compile, selective recomputation, a counter), and calling
+    it takes longer than a small product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bounds: tuple[int, ...], count: int, *weights_and_biases: torch.Tensor) -> torch.Tensor:
+        weights, biases = weights_and_biases[:count], weights_and_biases[count:]
+        ctx.save_for_backward(x, *weights)
+        ctx.bounds = bounds
+        return _forward(x, weights, biases, bounds)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        x_live, _, _, *live = ctx.needs_input_grad
+        grads = _backward(grad, x, weights, ctx.bounds, x_live, live[: len(weights)], live[len(weights) :])
+        return grads[0] if x_live else None, None, None, *scatter_live(grads[x_live:], live)
 
 
 segments_gemm.register_fake(_empty_out)

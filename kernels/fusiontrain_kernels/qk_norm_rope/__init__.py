@@ -9,7 +9,7 @@ import torch
 from fusiontrain_kernels._dispatch import choose
 from fusiontrain_kernels._launch import auto_triton, device_offsets, require_triton
 from fusiontrain_kernels._segments import check_bounds, check_like, check_weights
-from fusiontrain_kernels.qk_norm_rope import reference
+from fusiontrain_kernels.qk_norm_rope import eager, reference
 
 Weights = Sequence[torch.Tensor]
 Bounds = tuple[int, ...]
@@ -35,14 +35,15 @@ def qk_norm_rope(
 
     q [T, H, Dh] and k [T, K, Dh], Dh even; q_weights and k_weights: M tensors [Dh] each, or None for no norm; cos and sin [T, Dh], both
     halves carrying the same angles; all of q's dtype. bounds: M + 1 host numbers from 0 to T. offsets [M + 1] int32 on q's device: the same
-    numbers; with them triton, and reference under torch.compile, read no bounds. Returns the new q and k, contiguous. A modality without rows
+    numbers; with them triton, and the others under torch.compile, read no bounds. Returns the new q and k, contiguous. A modality without rows
     gets zero gradients, not None.
 
-    impl: auto (triton on a GPU, else reference), reference, triton (turns in float32 at least and rounds once; keeps q and k alone for the
+    impl: auto (triton on a GPU, else eager), reference, eager (the same bits with fewer passes over memory; no second derivative and no gradient for
+    cos and sin), triton (turns in float32 at least and rounds once; keeps q and k alone for the
     backward, and not even them where nothing is normed; no gradient for cos and sin).
     Raises ValueError for another impl, one that cannot run here, bounds that do not fit, and (triton) tensors that do not fit each other.
     """
-    turn = choose("qk_norm_rope", IMPLEMENTATIONS, impl, auto=auto_triton(q, "reference"))
+    turn = choose("qk_norm_rope", IMPLEMENTATIONS, impl, auto=auto_triton(q, "eager"))
     for name, heads in [("q", q), ("k", k)]:
         check_heads("qk_norm_rope", name, heads)
     if offsets is None and turn is _triton and (q_weights or k_weights):
@@ -80,5 +81,5 @@ def _triton(
     return triton_ops.norm_rope(x, list(weights), cos, sin, device_offsets(bounds, offsets, len(weights), x, operator), eps)
 
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., torch.Tensor]] = {"reference": reference.norm_rope, "triton": _triton}
+IMPLEMENTATIONS: Mapping[str, Callable[..., torch.Tensor]] = {"reference": reference.norm_rope, "eager": eager.norm_rope, "triton": _triton}
 """Of one tensor: (name for errors, x, weights, cos, sin, bounds, eps, offsets) -> turned x."""

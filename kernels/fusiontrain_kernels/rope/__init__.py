@@ -13,9 +13,9 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "
     """Turn the pairs (x[i], x[i + Dh / 2]) of every head by the row's angles.
 
     x [T, H, Dh], Dh even; cos and sin [T, Dh] in x's dtype, both halves carrying the same angles. Returns [T, H, Dh].
-    impl: auto (triton on a GPU, else reference), reference, triton (rounds once, at the end; no gradient for cos and sin).
+    impl: auto (triton on a GPU, else eager), reference, eager and triton (no gradient for cos and sin; triton rounds once, at the end).
     Raises ValueError for another impl, where triton cannot run, and for an odd Dh.
     """
-    turn = choose("rope", IMPLEMENTATIONS, impl, auto=auto_triton(x, "reference"))
+    turn = choose("rope", IMPLEMENTATIONS, impl, auto=auto_triton(x, "eager"))
     check_heads("rope", "x", x)
     return turn("rope", x, None, cos, sin, (0, len(x)), 0.0, None)
