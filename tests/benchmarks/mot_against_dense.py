@@ -8,7 +8,8 @@ step, so that a busy machine slows all alike; told are medians of CPU seconds an
 The peer keeps tokens in reading order and routes as arXiv 2411.04996 says (algorithm 1): the rows of each modality are gathered by its mask, go
 through its weights, and are put back by the mask, at every projection and norm; a feed-forward is one. It has the weights, the noise and, as is
 checked first, the loss of the model that it is compared with. A second peer is better than published: Q, K and V share one gather, and a projection
-and the norm behind it another. In favour of both, the attention's mask is built once and not in every step.
+and the norm behind it another. In every model the attention's mask is built once and not in every step: theirs
+[T, T] by the benchmark, ours by chunks, kept as long as the batch.
 """
 
 from __future__ import annotations

@@ -218,16 +218,6 @@ def test_no_mask_where_every_query_sees_every_key() -> None:
     assert [chunk.all_seen for chunk in plan] == [False, True, True]
 
 
-def test_masks_are_kept_as_long_as_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three chunks, none of whose queries all see the same."""
-    ranges = torch.tensor([[[row // 96 * 96, row + 1]] for row in range(192)], dtype=torch.int32)
-    num_scores = sum(chunk.num_scores for chunk in chunked_plan.make_plan(ranges))
-    for limit in (num_scores, num_scores - 1):
-        monkeypatch.setattr(chunked_plan, "KEPT_SCORES", limit)
-        masks = chunked_plan.make_biases(ranges)
-        assert masks is None if limit < num_scores else sum(mask.numel() for mask in masks) == num_scores
-
-
 def test_work_grows_with_what_is_seen_not_with_the_square() -> None:
     """64 documents of 32 tokens: a chunk of two documents takes 64 keys, not 2048."""
     ranges = torch.tensor([[[row // 32 * 32, row + 1]] for row in range(2048)], dtype=torch.int32)

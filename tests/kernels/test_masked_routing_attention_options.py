@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusiontrain_kernels.masked_routing_attention import attend_chunk, masked_routing_attention
+from fusiontrain_kernels.masked_routing_attention import attend_chunk, chunked_plan, masked_routing_attention
 from tests.kernels.attention_layouts import LAYOUTS, Layout, attend, inputs, layout, ranges_of
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -139,6 +139,31 @@ def test_triton_does_no_work_for_constants(monkeypatch: pytest.MonkeyPatch) -> N
     of_queries, of_values = products([True, False, False], [0, 96]), products([False, False, True], [0, 96])
     assert min(of_queries, of_values) > 0
     assert of_queries + of_values == everything
+
+
+def test_a_query_without_keys_among_others_that_do_not_see_themselves() -> None:
+    """They share a chunk, so the chunk has a mask with an empty row."""
+    ranges = torch.tensor([[[4, 8]]] * 8, dtype=torch.int32)
+    ranges[2] = 0
+    leaves = [torch.randn(8, 2, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_() for seed in range(3)]
+    found = []
+    for impl in ("reference", "chunked"):
+        out, lse = masked_routing_attention(*leaves, ranges, ranges, return_lse=True, impl=impl)
+        seen = torch.where(lse.isfinite(), lse, 0).sum() + out.square().sum()
+        found.append((out, lse, *torch.autograd.grad(seen, leaves)))
+    for wanted, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+    assert (found[1][1][:, 2] == -torch.inf).all()
+
+
+def test_masks_are_kept_as_long_as_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks, none of whose queries all see the same."""
+    ranges = torch.tensor([[[row // 96 * 96, row + 1]] for row in range(192)], dtype=torch.int32)
+    num_scores = sum(chunk.num_scores for chunk in chunked_plan.make_plan(ranges))
+    for limit in (num_scores, num_scores - 1):
+        monkeypatch.setattr(chunked_plan, "KEPT_SCORES", limit)
+        masks = chunked_plan.make_biases(ranges)
+        assert masks is None if limit < num_scores else sum(mask.numel() for mask in masks) == num_scores
 
 
 def test_chunked_does_no_work_for_constants(monkeypatch: pytest.MonkeyPatch) -> None:
