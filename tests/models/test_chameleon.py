@@ -128,8 +128,8 @@ def test_a_training_starts_from_a_chameleon_with_its_own_tokens_for_codes(tmp_pa
     (written,) = paint_codes(model, tokenizer, ["a"], codes=replace(space, per_image=4), writing=Writing(1)).tolist()
     logits = model.text_logits(batch_of([document([256, *tokenizer.encode("a"), BOI])], config)).detach()[2]
     assert written[0] == max(range(CODEBOOK), key=lambda code: float(logits[theirs[code]]))
-    for text in write(model, tokenizer, ["a b"], writing=Writing(12, temperature=5.0)):
-        assert "IMGIMG" not in text
+    for text in write(model, tokenizer, ["a b", "h"], writing=Writing(80, temperature=5.0)):
+        assert len(text) > 80 and "IMGIMG" not in text
 
 
 def test_what_a_base_has_no_tokens_for_is_one_sentence(tmp_path):
