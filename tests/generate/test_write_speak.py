@@ -88,6 +88,13 @@ def test_nothing_but_units_is_spoken_and_the_end_ends_it(speaker):
     assert rows[:2] == speak(model, tokenizer, ["hi", "a longer one"], config=config, writing=Writing(40, temperature=3.0, seed=1))
 
 
+def test_a_prompt_of_speech_must_fit_too(speaker):
+    config, model, tokenizer = speaker
+    speak(model, tokenizer, ["hi"], config=config, writing=Writing(1))
+    with pytest.raises(UserError, match="prompt 1 with max_new_tokens of speech: needs 97 tokens"):
+        speak(model, tokenizer, ["hi"], config=config, writing=Writing(97 - 4))
+
+
 def test_a_model_without_speech_says_so(text_model):
     with pytest.raises(UserError, match="learnt no speech"):
         speak(text_model, TOKENIZER, ["hi"], config=TEXT_CONFIG, writing=Writing(4))

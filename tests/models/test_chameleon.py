@@ -17,6 +17,7 @@ from fusiontrain.generate.write import write
 from fusiontrain.models.build import build_model
 from fusiontrain.models.layers.dropout import keyed_dropout
 from fusiontrain.models.llama_weights import export_llama
+from fusiontrain.testing.chameleon import TOKEN_NAMES, code_names, write_tiny_chameleon
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of, document
 from fusiontrain.testing.generation import lively_model
@@ -44,29 +45,11 @@ def documents() -> list:
     ]
 
 
-def write_chameleon(folder, swin_norm: bool) -> None:
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
-
-    names = {f"IMGIMG{'ABCDEFGHIJ'[i % 10]}{'ABCDEFGHIJ'[i // 10]}Z": FIRST_CODE + i for i in range(CODEBOOK)}
-    maker = {"embed_dim": 8, "num_embeddings": CODEBOOK, "base_channels": 32, "latent_channels": 8, "resolution": 32, "channel_multiplier": [1]}
-    config = ChameleonConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, swin_norm=swin_norm,
-        vocabulary_map={"<image>": 7, **names}, vq_config={**maker, "num_res_blocks": 1, "attn_resolutions": []}, initializer_range=0.2,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(3)
-    model = ChameleonForConditionalGeneration(config).float()
-    with torch.no_grad():  # fresh norms are ones and zeros, which hide what is applied where
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.save_pretrained(folder)
-
-
 @pytest.mark.parametrize("swin_norm", [False, True], ids=["7B", "34B"])
 def test_logits_equal_those_of_hugging_face_on_text_and_codes(tmp_path, swin_norm):
     from transformers import ChameleonForConditionalGeneration
 
-    write_chameleon(tmp_path, swin_norm)
+    write_tiny_chameleon(tmp_path, CODEBOOK, swin_norm)
     theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
     config = chameleon_config(**dict.fromkeys(f"model.{name}" for name in SHAPE), **{"model.base": str(tmp_path)})
     model = build_model(config)
@@ -85,36 +68,15 @@ def test_logits_equal_those_of_hugging_face_on_text_and_codes(tmp_path, swin_nor
         torch.testing.assert_close(logits[rows], hidden @ theirs.lm_head.weight.T, atol=1e-5, rtol=1e-5)
 
 
-def write_tokenizer(folder, vocab=VOCAB) -> None:
-    """Bytes, markers and codes, named as in a released Chameleon; codes stand among the other tokens, in an order of their own."""
-    from tokenizers import AddedToken, Tokenizer, models
-
-    names = {f"<{number}>": number for number in range(vocab)} | {letter: ord(letter) for letter in "abcdefgh "}
-    taken = {number: name for name, number in names.items()}
-    taken |= {256: "<s>", 257: "</s>", BOI: "<racm3:break>", EOI: "<eoss>", **{number: name for name, number in code_names().items()}}
-    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in taken.items()}, merges=[]))
-    tokenizer.add_special_tokens([AddedToken(taken[number], special=True) for number in range(256, 260)])
-    tokenizer.add_tokens(list(code_names()))
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def code_names() -> dict[str, int]:
-    """Names of the codes 0, 1, ... -> their ids."""
-    return {f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z": FIRST_CODE + (code * 7 + 3) % CODEBOOK for code in range(CODEBOOK)}
-
-
 def test_a_training_starts_from_a_chameleon_with_its_own_tokens_for_codes(tmp_path):
     """Ids as Hugging Face's own table of the vocabulary has them, in the data, in what is written, and in the losses."""
     from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
 
-    write_chameleon(tmp_path, swin_norm=False)
-    write_tokenizer(tmp_path)
-    names = {"begin_text_token": "<s>", "end_text_token": "</s>", "begin_image_token": "<racm3:break>", "end_image_token": "<eoss>"}
-    base = {"model.base": str(tmp_path), "data.tokenizer": names, **dict.fromkeys(f"model.{name}" for name in SHAPE)}
+    base = {"model.base": write_tiny_chameleon(tmp_path, CODEBOOK), "data.tokenizer": TOKEN_NAMES, **dict.fromkeys(f"model.{name}" for name in SHAPE)}
     config = chameleon_config(**base)
     assert cross_section_problems(config) == []
     tokenizer = load_tokenizer(config)
-    theirs = ChameleonImageVocabularyMapping({"<image>": 7, **code_names()}).img2bpe
+    theirs = ChameleonImageVocabularyMapping({"<image>": 7, **code_names(CODEBOOK)}).img2bpe
     assert tokenizer.code_ids == tuple(theirs[code] for code in range(CODEBOOK)) and tokenizer.vocab_size == VOCAB
     shape = build_model(chameleon_config(**base, **{"model.dropout": 0.1})).shape
     require_room(config, tokenizer, shape.vocab_size)
@@ -128,8 +90,8 @@ def test_a_training_starts_from_a_chameleon_with_its_own_tokens_for_codes(tmp_pa
     (written,) = paint_codes(model, tokenizer, ["a"], codes=replace(space, per_image=4), writing=Writing(1)).tolist()
     logits = model.text_logits(batch_of([document([256, *tokenizer.encode("a"), BOI])], config)).detach()[2]
     assert written[0] == max(range(CODEBOOK), key=lambda code: float(logits[theirs[code]]))
-    for text in write(model, tokenizer, ["a b"], writing=Writing(12, temperature=5.0)):
-        assert "IMGIMG" not in text
+    for text in write(model, tokenizer, ["a b", "h"], writing=Writing(80, temperature=5.0)):
+        assert len(text) > 80 and "IMGIMG" not in text
 
 
 def test_what_a_base_has_no_tokens_for_is_one_sentence(tmp_path):
@@ -137,9 +99,8 @@ def test_what_a_base_has_no_tokens_for_is_one_sentence(tmp_path):
     config = chameleon_config(**{"model.base": base, **dict.fromkeys(f"model.{name}" for name in SHAPE)})
     with pytest.raises(UserError, match="the codes of images need 280; start without a base"):
         require_room(config, load_tokenizer(config), build_model(config).shape.vocab_size)
-    write_tokenizer(tmp_path)
-    few = chameleon_config(**{"data.tokenizer": {"path": str(tmp_path), "begin_text_token": "<s>", "end_text_token": "</s>",
-        "begin_image_token": "<racm3:break>", "end_image_token": "<eoss>"}, "data.image": {"representation": "codes", "codebook_size": 21}})  # fmt: skip
+    path = write_tiny_chameleon(tmp_path / "chameleon", CODEBOOK)
+    few = chameleon_config(**{"data.tokenizer": {"path": path, **TOKEN_NAMES}, "data.image": {"representation": "codes", "codebook_size": 21}})
     with pytest.raises(UserError, match=r"codebook_size=21: .* has tokens for 20 codes"):
         load_tokenizer(few)
 
