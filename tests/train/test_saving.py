@@ -21,7 +21,7 @@ from fusiontrain.train.saving import Saver, all_finite
 from fusiontrain.train.state import TrainState, optimizer_tensors
 from fusiontrain.utils.errors import UserError
 
-IMPATIENT = {"parallel.timeout_seconds": 2}
+IMPATIENT = {"parallel.timeout_seconds": 4}
 
 
 class Run:
@@ -135,15 +135,15 @@ def test_slow_storage_has_the_time_of_a_save_and_not_that_of_a_collective(tmp_pa
 
 
 def test_a_save_that_takes_too_long_is_a_sentence(tmp_path: Path) -> None:
-    said = shared_pool().run(save_to_slow_storage, 2, str(tmp_path), True, 1)
+    said = shared_pool().run(save_to_slow_storage, 2, str(tmp_path), True, 4)
     assert all("step-00000001: cannot be saved" in sentence and "\n" not in sentence for sentence in said)
     assert any("checkpoint.timeout_seconds" in sentence for sentence in said)
 
 
 def save_to_slow_storage(folder: str, asynchronous: bool, patience: int = 120) -> str:
     ranks = read_ranks()
-    with process_group(ranks, tiny_config(IMPATIENT).parallel), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save, "publish", lambda *paths: (time.sleep(5), publish(*paths)))
+    with process_group(ranks, tiny_config().parallel), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "publish", lambda *paths: (time.sleep(8), publish(*paths)))
         run = Run(Path(folder), asynchronous, ranks=ranks, overrides={**IMPATIENT, "checkpoint.timeout_seconds": patience})
         try:
             run.saver.save(TrainState(step=1), {})
