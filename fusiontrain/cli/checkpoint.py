@@ -90,7 +90,7 @@ def _prune(args: argparse.Namespace, checkpoints: list[Path]) -> int:
     from dataclasses import replace
 
     from fusiontrain.config.load import load
-    from fusiontrain.train.checkpoint import CONFIG, prune
+    from fusiontrain.train.checkpoint import CONFIG, list_checkpoints, prune
     from fusiontrain.train.retention import Retention
     from fusiontrain.utils.errors import UserError
 
@@ -100,12 +100,30 @@ def _prune(args: argparse.Namespace, checkpoints: list[Path]) -> int:
     keep = Retention.of(load(checkpoints[-1] / CONFIG).checkpoint)
     keep = replace(keep, **{name: value for name, value in asked.items() if value is not None})
     _require_metric(checkpoints[-1].parent, keep.best, "--keep-best" if args.keep_best is not None else "checkpoint.keep_best")
+    _require_sound(list_checkpoints(checkpoints[-1].parent), prune(checkpoints[-1].parent, keep, dry_run=True))
     gone = [str(path) for path in prune(checkpoints[-1].parent, keep, dry_run=args.dry_run)]
     if args.json:
         print_json({"deleted": gone, "dry_run": args.dry_run})
     else:
         print_table([[path, "would be deleted" if args.dry_run else "deleted"] for path in gone] or [["nothing to delete"]])
     return 0
+
+
+def _require_sound(checkpoints: list[Path], gone: list[Path]) -> None:
+    """Raise UserError where every checkpoint that would stay is damaged and one that would go may not be."""
+    from fusiontrain.utils.errors import UserError
+
+    problems: list[str] = []
+    for path in (path for path in reversed(checkpoints) if gone and path not in gone):
+        found = _problems(path)
+        if not found:
+            return
+        problems += found
+    if problems:
+        raise UserError(
+            f"{problems[0]}: of the checkpoints that would stay none is sound, so nothing is deleted: look at all with `fusiontrain checkpoint verify`, and "
+            "delete the damaged ones by hand"
+        )
 
 
 def _require_metric(folder: Path, key: str | None, where: str) -> None:

@@ -145,5 +145,7 @@ def _run(config: Any, ranks: Any, stop: Any, reporter: SilentReporter, progress:
         raise
     finally:
         trainer.close()
+    if not finished:
+        reporter.event(f"stopped on request at step {trainer.state.step} of {config.train.steps}, and saved: the same command goes on from there")
     checkpoint = Path(config.run.dir) / "checkpoints" / f"step-{trainer.state.step:08d}"
     return {"step": trainer.state.step, "finished": finished, "checkpoint": str(checkpoint)}

@@ -260,8 +260,9 @@ def _train(config: Config) -> Iterator[Problem]:
     if any(first < 1 or last < first for first, last in ranges):
         yield Problem("train.skip_steps", f"{[list(pair) for pair in ranges]}: expected [[first, last], ...] with 1 <= first <= last, as in metrics.jsonl")
     best = config.checkpoint.keep_best
-    if best is not None and not (best.startswith("validation/") and config.data.validation_sources):
-        yield Problem("checkpoint.keep_best", f"{best!r}: expected validation/text or validation/image, and data.validation_sources to measure it on")
+    measured = [f"validation/{name}" for name in config.data.modalities]
+    if best is not None and not (best in measured and config.data.validation_sources):
+        yield Problem("checkpoint.keep_best", f"{best!r}: expected {' or '.join(measured)}, and data.validation_sources to measure it on")
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:

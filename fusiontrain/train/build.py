@@ -167,9 +167,10 @@ def resume(
     # Checkpoints and metrics of this folder belong to the run up to the step that it goes on from, or not at all where that lies elsewhere.
     own_steps = state.step if used is not None and used.resolve().parent == folder.resolve() else 0
     why = "starting anew (--resume none)" if used is None else f"resumed from {used}"
-    if ranks.is_main and (passed_over or config.checkpoint.resume != "auto"):
+    done = used is not None and state.step == config.train.steps
+    if ranks.is_main and not done and (passed_over or config.checkpoint.resume != "auto"):
         news += set_aside_future(folder.parent, own_steps, why)
-    if used is not None and state.step == config.train.steps:
+    if done:
         news.append(f"step {state.step} of train.steps={config.train.steps} is done already, in {used}: raise train.steps to train on")
     for sentence in news:
         logger.info("%s", sentence)

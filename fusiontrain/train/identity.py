@@ -13,16 +13,19 @@ import torch
 from fusiontrain.config.schema import Config
 from fusiontrain.utils.errors import UserError
 
+PREDICTION_KEYS = ("image", "prediction", "num_timesteps")
+"""Keys of the objective section that say what the numbers mean which the model puts out for an image."""
 PATH_KEYS = ("base", "vae")
 """Keys of the model section that name folders: they may move, so folders are compared by their content."""
 
 
 def model_identity(config: Config, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Recipe, model section, stored tensors (name -> shape) and the content of the folders the model was loaded from."""
+    """Recipe, model section, what is predicted of images, stored tensors (name -> shape) and the content of the folders the model was loaded from."""
     folders = {"base": config.model.base, "vae": config.model.image.vae}
     return {
         "recipe": config.model.recipe,
         "config": config.model.model_dump(mode="json"),
+        "objective": {key: getattr(config.objective, key) for key in PREDICTION_KEYS},
         "tensors": {name: list(tensor.shape) for name, tensor in sorted(tensors.items())},
         "folders": {name: folder_identity(Path(path)) for name, path in folders.items() if path is not None},
     }
@@ -62,6 +65,9 @@ def first_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> st
     for key in sorted({*there, *here}, key=lambda key: (key != "recipe", key)):
         if key.rpartition(".")[2] not in PATH_KEYS and there.get(key) != here.get(key):
             return f"model.{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+    for key in PREDICTION_KEYS:
+        if saved["objective"][key] != current["objective"][key]:
+            return f"objective.{key} is {saved['objective'][key]!r} there and {current['objective'][key]!r} here"
     for name in sorted({*saved["folders"], *current["folders"]}):
         before, now = saved["folders"].get(name, {}), current["folders"].get(name, {})
         if before.get("sha256") != now.get("sha256"):

@@ -28,7 +28,7 @@ def set_aside_future(run: Path, step: int, why: str) -> list[str]:
     parts = [f"{len(later)} checkpoint{'s' if len(later) > 1 else ''}"] * bool(later) + ["lines of metrics"] * bool(lines) + ["samples"] * bool(samples)
     if not parts:
         return []
-    return [f"{why}: what {run} held of later steps ({', '.join(parts)}) is set aside under names that end in .stale: delete it when you no longer need it"]
+    return [f"{why}: what {run} held ({', '.join(parts)}) is set aside under names that end in .stale: rename it to go back to it, or delete it"]
 
 
 def _set_aside_lines(path: Path, step: int) -> bool:

@@ -35,7 +35,7 @@ from fusiontrain.train.retention import Retention
 from fusiontrain.train.state import TrainState
 from fusiontrain.utils.errors import UserError
 
-MODEL = {"recipe": "dense", "config": {"recipe": "dense"}, "tensors": {"weight": [3, 2]}, "folders": {}}
+MODEL = {"recipe": "dense", "config": {"recipe": "dense"}, "objective": {}, "tensors": {"weight": [3, 2]}, "folders": {}}
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -229,6 +229,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_first_difference_of_two_models(tmp_path: Path) -> None:
     saved = {
         "config": {"recipe": "dense", "base": "a", "dim": 8, "image": {"vae": None, "patcher": "unet"}},
+        "objective": {"image": "ddpm", "prediction": "eps", "num_timesteps": 1000},
         "tensors": {"a": [1], "b": [2]},
         "folders": {"base": {"path": "/a", "sha256": "1"}},
     }
@@ -240,6 +241,8 @@ def test_the_first_difference_of_two_models(tmp_path: Path) -> None:
     assert changed(config={**saved["config"], "base": "elsewhere"}) is None, "a folder may move"
     assert changed(config={**saved["config"], "recipe": "lmfusion", "dim": 9}) == "model.recipe is 'dense' there and 'lmfusion' here"
     assert "model.image.patcher is 'unet' there" in str(changed(config={**saved["config"], "image": {"vae": None, "patcher": "linear"}}))
+    other = {**saved["objective"], "image": "flow_matching"}
+    assert changed(objective=other) == "objective.image is 'ddpm' there and 'flow_matching' here"
     assert "its base was /a, and /b has other weights" in str(changed(folders={"base": {"path": "/b", "sha256": "2"}}))
     assert changed(tensors={"a": [1], "b": [3]}) == "b is [2] there and [3] here"
     assert changed(tensors={"a": [1]}) == "b is [2] there and absent here"
@@ -299,3 +302,14 @@ def test_the_best_by_a_metric_that_no_checkpoint_has_is_refused(tmp_path: Path, 
     assert len(names(tmp_path)) == 3
     assert main(["checkpoint", "prune", str(tmp_path / "step-00000003"), "--keep-best", "validation/image"]) == 0
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_the_last_sound_checkpoint_is_not_pruned_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = to_yaml(tiny_config())
+    first, second, third = (save_checkpoint(tmp_path, TrainState(step=step), tensors(0.0), MODEL, config, Ranks(), ALL, {}) for step in (1, 2, 3))
+    flip(third / "__0_0.distcp", 700)
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1"]) == 2
+    assert "__0_0.distcp" in (err := capsys.readouterr().err) and "none is sound, so nothing is deleted" in err
+    assert len(names(tmp_path)) == 3
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "2"]) == 0
+    assert names(tmp_path) == [second.name, third.name] and not first.exists()

@@ -33,7 +33,7 @@ def steps(path: Path) -> list[int]:
 
 def test_what_is_later_is_kept_under_other_names(run: Path) -> None:
     (said,) = set_aside_future(run, 2, "resumed from x")
-    assert said.startswith(f"resumed from x: what {run} held of later steps (2 checkpoints, lines of metrics, samples) is set aside") and ".stale" in said
+    assert said.startswith(f"resumed from x: what {run} held (2 checkpoints, lines of metrics, samples) is set aside") and ".stale" in said
     expected = ["step-00000002", "step-00000004.stale", "step-00000006.stale"]
     assert names(run / "checkpoints") == expected and names(run / "samples") == expected
     assert steps(run / "metrics.jsonl") == [1, 2] and steps(run / "metrics.jsonl.stale") == [1, 2, 3, 4, 5, 6]

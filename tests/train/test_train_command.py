@@ -61,11 +61,16 @@ def test_train_then_list_and_verify(config_file: Path, capsys: pytest.CaptureFix
     assert main(["train", str(config_file), "train.steps=1"]) == 2
     assert f"{last}: is at step 2, beyond train.steps=1: raise train.steps, or give an earlier checkpoint" in capsys.readouterr().err
     assert all(path.read_bytes() == content for path, content in before.items()), "nothing was begun"
+    assert main(["train", str(config_file), f"run.dir={run_dir}-2", "train.steps=1"]) == 0
+    assert main(["train", str(config_file), f"run.dir={run_dir}-2", "--resume", str(run_dir)]) == 0
+    err = capsys.readouterr().err
+    assert "is done already" in err and "set aside" not in err
+    assert (Path(f"{run_dir}-2") / "checkpoints/step-00000001").is_dir(), "where nothing is trained nothing is set aside"
 
     assert main(["train", str(config_file), "--resume", "none"]) == 0
     err = capsys.readouterr().err
     assert "from step 0 to 2" in err
-    assert f"starting anew (--resume none): what {run_dir} held of later steps (2 checkpoints, lines of metrics) is set aside under names that end in" in err
+    assert f"starting anew (--resume none): what {run_dir} held (2 checkpoints, lines of metrics) is set aside under names that end in" in err
     assert (run_dir / "checkpoints/step-00000001.stale").is_dir(), "the older run's checkpoints are set aside, not lost"
     assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl.stale")] == [1, 2], "and so are its metrics"
 

@@ -30,6 +30,9 @@ T = TypeVar("T")
 
 OUT_OF_TIME = re.compile(r"timed? ?out", re.IGNORECASE)
 """What gloo says when a rank waits too long for another."""
+FULL_DISK = re.compile(r"inline_container.* unexpected pos|no space left", re.IGNORECASE)
+"""What torch's file format says where a write took fewer bytes than it was given."""
+FORBIDDEN = re.compile(r"read-only file system|permission denied|not permitted", re.IGNORECASE)
 
 
 def save_checkpoint(
@@ -113,9 +116,12 @@ def _in_words(checkpoint: Path, error: BaseException) -> str:
             f"{checkpoint}: cannot be saved (a rank waited longer for another than checkpoint.timeout_seconds): the checkpoints before it are complete, look "
             "at the storage, or raise that, and run the same command again"
         )
+    if FULL_DISK.search(what):
+        what = "No space left on device"
     existing = next(folder for folder in checkpoint.parents if folder.is_dir())
     free = shutil.disk_usage(existing).free / 2**20
+    remedy = "let this user write there" if FORBIDDEN.search(what) else "make room"
     return (
         f"{checkpoint}: cannot be saved ({what.splitlines()[0]}; {free:,.0f} MiB are free there): the checkpoints before it are complete, "
-        "make room and run the same command again"
+        f"{remedy} and run the same command again"
     )
