@@ -181,6 +181,7 @@ class Watchdog:
     def _end(self, text: str, speak: bool) -> None:
         logger.error("%s", text)
         if speak:
+            self._write(told=True)  # who finds this rank gone need not tell of that
             self.say(text)
         end_now()
 

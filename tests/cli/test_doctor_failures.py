@@ -133,6 +133,7 @@ def test_a_folder_that_hides_a_package(tmp_path, monkeypatch):
     (tmp_path / "kernels").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
     assert "kernels" not in [check.name for check in doctor._packages()]
     (tmp_path / "kernels" / "__init__.py").touch()
     importlib.invalidate_caches()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import fusiontrain
-from fusiontrain.cli import doctor, doctor_ranks
+from fusiontrain.cli import doctor_ranks
 from fusiontrain.cli.doctor_machine import Check
 from fusiontrain.cli.doctor_ranks import judge_clocks, merge, shared_storage
 from fusiontrain.cli.main import main
@@ -97,15 +97,25 @@ def test_other_versions_and_a_slow_collective():
     assert bandwidth[0] == "warn" and "over 2 ranks; check NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME and the links" in bandwidth[1]
 
 
-def test_ranks_that_cannot_meet_say_what_each_of_them_knows(tmp_path, monkeypatch, capsys):
+ALONE = """
+import sys
+from fusiontrain.cli import doctor
+from fusiontrain.cli.main import main
+doctor.MEETING_SECONDS = 2
+sys.exit(main(["doctor", "--quick", "--json", "--dir", sys.argv[1]]))
+"""
+
+
+def test_ranks_that_cannot_meet_say_what_each_of_them_knows(tmp_path):
+    """In a process of its own: one whose process group has failed cannot have another."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        for name, value in {**where, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(doctor, "MEETING_SECONDS", 2)
-        assert main(["doctor", "--quick", "--json", "--dir", str(tmp_path)]) == 1
-    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        command = [sys.executable, "-c", ALONE, str(tmp_path)]
+        done = subprocess.run(command, env={**os.environ, **where, **rank}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["ranks"]["status"] == "fail"
     assert checks["ranks"]["detail"].startswith("rank 1: ") and "check GLOO_SOCKET_IFNAME, the firewall and the rendezvous" in checks["ranks"]["detail"]
     assert checks["folder"]["status"] == "ok", "what it found alone is still said"

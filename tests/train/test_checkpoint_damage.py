@@ -36,5 +36,6 @@ def test_what_nobody_wrote_is_named_wherever_it_lies(flips: ModuleType, tmp_path
     checkpoint = flips.write_checkpoint(tmp_path)
     (checkpoint / "base" / "more.json").write_text("{}")
     os.symlink("/etc/hostname", checkpoint / "__9_0.distcp")
-    assert foreign_files(checkpoint) == [f"{checkpoint / name}: does not belong to the checkpoint" for name in ("__9_0.distcp", "base/more.json")]
+    remedy = "does not belong to the checkpoint: move it elsewhere, or delete it"
+    assert foreign_files(checkpoint) == [f"{checkpoint / name}: {remedy}" for name in ("__9_0.distcp", "base/more.json")]
     assert verify_checkpoint(checkpoint) == []
