@@ -55,7 +55,7 @@ def test_a_value_may_name_another_and_the_environment(path: Path, monkeypatch: p
     assert load(path, ["run.dir=runs/${oc.env:RUN_NAME}-${train.steps}"]).run.dir == "runs/seven-10"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prompt=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]))
     | st.sampled_from(["1e3", "null", "${a}", "\\${a}", "${", "a\\", "yes", "'", "1_000"])

@@ -180,7 +180,8 @@ def test_checkpoints_that_can_no_longer_be_written_end_a_run_and_the_last_one_st
     }[fault]
     values = {"train.steps": 8, "checkpoint.every_steps": 2, "checkpoint.asynchronous": asynchronous, "evaluate.every_steps": None, "sample.prompts": ()}
     config = world_config(tmp_path, values)
-    sentence = r"step-00000004: cannot be saved [^\n]*make room and run the same command again$"
+    remedy = {"full": r"No space left[^\n]*make room", "read-only": "let this user write there"}[fault]
+    sentence = rf"step-00000004: cannot be saved [^\n]*{remedy} and run the same command again$"
     with pytest.raises(UserError, match=sentence), trainer_of(config, Breaker(break_disk)) as trainer:
         trainer.run()
     (left,) = list_checkpoints(small_disk)

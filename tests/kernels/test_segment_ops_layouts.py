@@ -35,7 +35,7 @@ def check(call: Callable[..., tuple[torch.Tensor, ...]], shapes: list[tuple[int,
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=4, derandomize=True)
 @given(counts=COUNTS, inner=WIDTHS, width=WIDTHS, data=st.data())
 def test_products(counts: list[int], inner: int, width: int, data: st.DataObject) -> None:
     bounds, count = (0, *accumulate(counts)), len(counts)
@@ -48,7 +48,7 @@ def test_products(counts: list[int], inner: int, width: int, data: st.DataObject
     check(call, [(sum(counts), inner), *[(width, inner)] * (2 * count), *[(width,)] * count], [True, *live, *live, *live])
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=4, derandomize=True)
 @given(counts=COUNTS, dim=WIDTHS, data=st.data())
 def test_norms(counts: list[int], dim: int, data: st.DataObject) -> None:
     bounds, count, num_rows = (0, *accumulate(counts)), len(counts), sum(counts)
@@ -57,7 +57,7 @@ def test_norms(counts: list[int], dim: int, data: st.DataObject) -> None:
     check(lambda x, residual, *w, impl: add_rms_norm(x, residual, w, bounds, 1e-2, impl=impl), shapes, [True, True, *live])
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=4, derandomize=True)
 @given(counts=COUNTS, heads=st.integers(1, 5), kv_heads=st.integers(1, 3), half=st.integers(1, 9), data=st.data())
 def test_heads(counts: list[int], heads: int, kv_heads: int, half: int, data: st.DataObject) -> None:
     bounds, count, num_rows = (0, *accumulate(counts)), len(counts), sum(counts)
