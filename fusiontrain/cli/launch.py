@@ -147,11 +147,13 @@ def _require_sense(args: argparse.Namespace) -> None:
 def _require_ranks(config: Any, world_size: int) -> None:
     """A world that the config cannot be trained on is known now, not when the job has waited for its nodes."""
     from fusiontrain.cli.first_use import READY
-    from fusiontrain.train.build import check_config
+    from fusiontrain.train.build import check_config, rank_problems
+    from fusiontrain.utils.errors import UserError
 
-    # What a debug config needs is made by the job on first use, and is not there yet.
     if config.demo is None or (Path(config.demo.dir) / READY).is_file():
         check_config(config, world_size)
+    elif problems := rank_problems(config, world_size):  # the files that a debug config needs are made by the job on first use
+        raise UserError("\n".join(problems))
 
 
 def _show(args: argparse.Namespace, folder: Any, config: Any, script: str, document: dict[str, Any]) -> int:

@@ -46,18 +46,23 @@ logger = logging.getLogger(__name__)
 
 def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for what can only be known with the ranks and the disk at hand, all problems at once."""
-    problems = [*(str(problem) for problem in file_problems(config)), *missing_packages(config.metrics.sinks)]
-    mesh_shape(config.parallel, world_size)
-    sequences, micro = config.train.global_batch_sequences, config.train.micro_batch_sequences or 1
-    if sequences % (world_size * micro):
-        below = sequences // (world_size * micro) * world_size * micro
-        nearest = f"{below} or {below + world_size * micro}" if below else f"{world_size * micro}"
-        problems.append(
-            f"train.global_batch_sequences={sequences}: must be a multiple of ranks x micro_batch_sequences = {world_size} x {micro}; "
-            f"the nearest is {nearest}"
-        )
+    files = [str(problem) for problem in file_problems(config)]
+    problems = [*files, *missing_packages(config.metrics.sinks), *rank_problems(config, world_size)]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def rank_problems(config: Config, world_size: int) -> list[str]:
+    """Why a config cannot be trained on so many ranks. Raises UserError where they make no mesh."""
+    mesh_shape(config.parallel, world_size)
+    sequences, micro = config.train.global_batch_sequences, config.train.micro_batch_sequences or 1
+    if sequences % (world_size * micro) == 0:
+        return []
+    below = sequences // (world_size * micro) * world_size * micro
+    nearest = f"{below} or {below + world_size * micro}" if below else f"{world_size * micro}"
+    return [
+        f"train.global_batch_sequences={sequences}: must be a multiple of ranks x micro_batch_sequences = {world_size} x {micro}; the nearest is {nearest}"
+    ]
 
 
 def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRequest, progress: Progress | None = None) -> Trainer:

@@ -204,3 +204,10 @@ def test_status_of_a_run_that_has_not_begun(home, capsys):
     assert capsys.readouterr().out == "0 4\n"
     assert main(["launch", "status", "run.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"run": "runs/first run", "step": 0, "steps": 4, "finished": False}
+
+
+def test_a_debug_config_is_refused_before_its_world_is_made(home, capsys):
+    config = str(Path(__file__).parents[2] / "configs" / "debug" / "lmfusion.yaml")
+    line = ["launch", "slurm", config, "--nodes=3", "--gpus-per-node=0", "--procs-per-node=1", "--dry-run"]
+    assert "must be a multiple of ranks x micro_batch_sequences = 3 x 1" in refusal(capsys, *line)
+    assert not (home / "runs").exists()

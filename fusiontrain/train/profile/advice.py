@@ -24,7 +24,7 @@ from fusiontrain.train.profile.report import Row
 UNBALANCED = 1.1
 """From here on waiting for other ranks is a matter of who has how much to do."""
 
-SMALL = "larger products reach more of the peak: raise train.micro_batch_sequences or data.sequence_length"
+SMALL = "larger products reach more of the peak: raise data.sequence_length, or train.micro_batch_sequences where that is less than a rank's share of the batch"
 
 WHAT_TO_CHANGE: Mapping[str, str] = {
     DATA_WAIT: "raise data.num_workers or data.prefetch_bytes, or store latents instead of pictures",
