@@ -54,6 +54,7 @@ def _list(args: argparse.Namespace, checkpoints: list[Path]) -> int:
     """Exit code 0; a damaged one is told on stderr, among the others, and is 2."""
     from fusiontrain.train.checkpoint import MANIFEST, DamagedCheckpoint, read_manifest
     from fusiontrain.train.checkpoint.folders import incomplete, set_aside
+    from fusiontrain.utils.errors import UserError
 
     rows, damaged = [], []
     for path in checkpoints:
@@ -73,7 +74,7 @@ def _list(args: argparse.Namespace, checkpoints: list[Path]) -> int:
         for name in aside:
             print(f"{name}: set aside when the run went back; delete it when you no longer need it")
     if damaged:
-        raise DamagedCheckpoint("\n".join(damaged))
+        raise UserError("\n".join(damaged))
     return 0
 
 
@@ -83,7 +84,7 @@ def _problems(checkpoint: Path) -> list[str]:
     try:
         return [*verify_checkpoint(checkpoint), *foreign_files(checkpoint)]
     except DamagedCheckpoint as error:
-        return [str(error)]
+        return [error.fact]
 
 
 def _prune(args: argparse.Namespace, checkpoints: list[Path]) -> int:

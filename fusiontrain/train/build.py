@@ -154,7 +154,7 @@ def resume(
             state, used = on_these_data(load_checkpoint(checkpoint, stored, ranks), data_fields), checkpoint
         except DamagedCheckpoint as error:
             logger.warning("%s is damaged: %s", checkpoint, error)
-            passed_over.append((checkpoint, str(error).partition(", the checkpoint is damaged")[0]))
+            passed_over.append((checkpoint, error.fact))
             continue
         logger.info("resumed from %s", checkpoint)
         if ema.GROUP not in stored and ema.GROUP in tensors:

@@ -86,7 +86,7 @@ def open_checkpoint(checkpoint: Path, averaged: bool = False, device: torch.devi
     manifest = read_manifest(checkpoint)
     problems = verify_checkpoint(checkpoint)
     if problems:
-        raise DamagedCheckpoint(f"{problems[0]}: the checkpoint is damaged, use another one")
+        raise DamagedCheckpoint(problems[0])
     config = find_folders(load(checkpoint / CONFIG), manifest["model"]["folders"], checkpoint)
     model = declare_model(without_kernels(config), device)
     parameters = dict(model.named_parameters())

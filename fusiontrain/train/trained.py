@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,11 @@ class Sampling:
     eta: float
     temperature: float
     max_new_tokens: int
+
+    @property
+    def denoising(self) -> dict[str, Any]:
+        """As whoever paints takes it."""
+        return {"steps": self.steps, "guidance": self.guidance, "sampler": self.sampler, "eta": self.eta}
 
     @property
     def writing(self) -> Writing:
@@ -93,10 +99,7 @@ class Trained:
             self.tokenizer,
             prompts,
             image=data.image,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            sampler=sampling.sampler,
-            eta=sampling.eta,
+            **sampling.denoising,
             seed=sampling.seed,
             context=data.sequence_length,
         )
@@ -111,10 +114,7 @@ class Trained:
             image=self.config.data.image,
             seed=sampling.seed,
             context=self.config.data.sequence_length,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            sampler=sampling.sampler,
-            eta=sampling.eta,
+            **sampling.denoising,
         )
 
     def write(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
@@ -163,10 +163,7 @@ class Trained:
             image=data.image,
             writing=sampling.writing,
             max_images=max_images,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            sampler=sampling.sampler,
-            eta=sampling.eta,
+            **sampling.denoising,
             context=data.sequence_length,
         )
 

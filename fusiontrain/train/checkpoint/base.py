@@ -58,7 +58,8 @@ def with_base(config: Config) -> Config:
             return replace_base(config, copy)
         damaged += problems
     if damaged:
-        raise DamagedCheckpoint(f"{damaged[0]}, and model.base={config.model.base} is not there: put the base back, the checkpoints themselves may be whole")
+        fact = f"{damaged[0]}, and model.base={config.model.base} is not there"
+        raise DamagedCheckpoint(fact, "put the base back, the checkpoints themselves may be whole")
     return config
 
 
@@ -72,7 +73,7 @@ def _damage(checkpoint: Path) -> list[str]:
     try:
         entries = {name: entry for name, entry in read_manifest(checkpoint)["files"].items() if name.startswith(f"{BASE}/")}
     except DamagedCheckpoint as error:
-        return [str(error)]
+        return [error.fact]
     found = [problem for name, entry in entries.items() if (problem := missing_or_short(checkpoint, name, entry)) is not None]
     return found or changed(checkpoint, entries.items())
 

@@ -21,7 +21,14 @@ FORMAT_VERSION = 4
 
 
 class DamagedCheckpoint(UserError):
-    """A file of a checkpoint is missing or is not what was written. All ranks that check together find the same."""
+    """A file of a checkpoint is missing or is not what was written: `fact`, and what to do. All ranks that check together find the same."""
+
+    def __init__(self, fact: str, remedy: str = "the checkpoint is damaged, use another one") -> None:
+        super().__init__(fact, remedy)
+        self.fact, self.remedy = fact, remedy
+
+    def __str__(self) -> str:
+        return f"{self.fact}: {self.remedy}"
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -32,11 +39,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads(content)
         sealed = _sealed({key: value for key, value in manifest.items() if key != "sha256"})
     except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{checkpoint}: no complete checkpoint there ({MANIFEST} is missing)") from error
+        raise DamagedCheckpoint(f"{checkpoint}: no complete checkpoint there ({MANIFEST} is missing)", "give another folder") from error
     except (OSError, ValueError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path}: is not readable, the checkpoint is damaged: use another one") from error
+        raise DamagedCheckpoint(f"{path}: is not readable") from error
     if content != sealed.encode():
-        raise DamagedCheckpoint(f"{path}: does not match its own checksum, the checkpoint is damaged: use another one")
+        raise DamagedCheckpoint(f"{path}: does not match its own checksum")
     if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path}: has format {manifest['format_version']}, this version reads {FORMAT_VERSION}: use fusiontrain {manifest['versions']['fusiontrain']}, "
