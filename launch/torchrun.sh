@@ -15,7 +15,7 @@ nproc="${NPROC_PER_NODE:-$(( gpus > 0 ? gpus : 2 ))}"
 if [ "${NNODES:-1}" = 1 ]; then
   rendezvous=(--standalone)
 else
-  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "${RDZV_ID:-fusiontrain}" --rdzv-endpoint "${RDZV_ENDPOINT:?host:port of the first node}")
+  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "${RDZV_ID:-fusiontrain}" --rdzv-endpoint "${RDZV_ENDPOINT:?is needed with NNODES: host:port of the first node, the same on all}")
   [ -z "${RDZV_IS_HOST:-}" ] || rendezvous+=(--rdzv-conf "is_host=$RDZV_IS_HOST")
   [ -z "${LOCAL_ADDR:-}" ] || rendezvous+=(--local-addr "$LOCAL_ADDR")
 fi

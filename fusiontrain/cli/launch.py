@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,8 @@ from fusiontrain.cli.common import add_config_arguments, add_json_argument, note
 
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 """Slurm's states of a job that will not run again."""
+TIME_LIMIT = r"\d+(:[0-5]?\d){0,2}|\d+-\d+(:[0-5]?\d){0,2}|UNLIMITED|INFINITE"
+"""What sbatch --time takes: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -137,6 +140,8 @@ def _require_sense(args: argparse.Namespace) -> None:
         problems.append("--gpus-per-node 0: training on CPUs also needs --procs-per-node")
     if args.gpus_per_node and args.procs_per_node not in (None, args.gpus_per_node):
         problems.append(f"--procs-per-node {args.procs_per_node}: there is one process per GPU; leave it out, or give {args.gpus_per_node}")
+    if args.time is not None and not re.fullmatch(TIME_LIMIT, args.time, re.IGNORECASE):
+        problems.append(f"--time {args.time!r}: is none of Slurm's forms, such as 90 (minutes), 12:00:00 or 2-12:00:00")
     problems += [f"--sbatch-arg {line!r}: must start with a dash, such as --sbatch-arg=--mail-type=END" for line in args.sbatch_arg if line[:1] != "-"]
     values = (args.name, args.partition, args.account, args.time, *args.sbatch_arg)
     problems += [f"{value!r}: must be one line" for value in values if value and "\n" in value]

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fusiontrain.train.profile.report import Report
 
 WIDTH = 100
+TOLD = 0.0005
+"""Share of a step from which on a part has a line of its own on the terminal."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     from fusiontrain.cli.first_use import prepare
+    from fusiontrain.cli.rank_errors import end_before_start, others_failed
     from fusiontrain.cli.train import SilentReporter
     from fusiontrain.config.load import load
     from fusiontrain.parallel.mesh import process_group, read_ranks
@@ -43,12 +46,15 @@ def run(args: argparse.Namespace) -> int:
         config = load(args.config, args.overrides)
         prepare(config, ranks)
         check_config(config, ranks.world_size)
-    except UserError:
-        if not ranks.is_main:
-            return 2  # all ranks read the same file: the main one says what is wrong with it
-        raise
+    except UserError as error:
+        if ranks.world_size == 1:
+            raise
+        end_before_start(error, ranks)
+        return 2
     folder = Path(args.out) if args.out else Path(config.run.dir) / "profile"
     with process_group(ranks, config.parallel):
+        if others_failed():
+            return 2
         report = take_profile(config, args.config, ranks, SilentReporter(), args.steps, args.warmup, folder)
     if report is not None:
         if args.json:
@@ -62,11 +68,14 @@ def _print(report: Report, folder: Path) -> None:
     print(f"{report.config} on {report.world_size} x {report.device}: {report.steps} steps behind {report.warmup}, {report.step_seconds * 1e3:.1f} ms each\n")
     phases = [phase for phase in ("forward", "backward", "recomputed") if any(phase in row.seconds for row in report.rows)]
     rows = [("", *(f"{phase} ms" for phase in phases), "ms", "share", "GFLOP/s", "of peak")]
-    for row in report.rows:
-        if row.share >= 0.0005:
-            times = (f"{row.seconds[phase] * 1e3:.2f}" if phase in row.seconds else "" for phase in phases)
-            rate = f"{row.flops_per_second / 1e9:,.1f}" if row.flops_per_second else ""
-            rows.append((row.name, *times, f"{row.total * 1e3:.2f}", f"{row.share:.1%}", rate, f"{row.of_peak:.0%}" if row.of_peak else ""))
+    told = [row for row in report.rows if row.share >= TOLD]
+    for row in told:
+        times = (f"{row.seconds[phase] * 1e3:.2f}" if phase in row.seconds else "" for phase in phases)
+        rate = f"{row.flops_per_second / 1e9:,.1f}" if row.flops_per_second else ""
+        rows.append((row.name, *times, f"{row.total * 1e3:.2f}", f"{row.share:.1%}", rate, f"{row.of_peak:.0%}" if row.of_peak else ""))
+    if others := [row for row in report.rows if row.share < TOLD]:
+        total, share = sum(row.total for row in others), sum(row.share for row in others)
+        rows.append((f"smaller parts ({len(others)})", *("" for _ in phases), f"{total * 1e3:.2f}", f"{share:.1%}", "", ""))
     rows.append(("a step", *("" for _ in phases), f"{report.step_seconds * 1e3:.2f}", f"{sum(row.share for row in report.rows):.1%}", "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     print_table([(row[0], *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))) for row in rows], "  ")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from fusiontrain.cli import profile
 from fusiontrain.cli.main import main
 from fusiontrain.config.load import to_yaml
 from fusiontrain.data.world.make import make_world
@@ -41,3 +43,12 @@ def test_a_folder_that_cannot_be_written_to(config, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["profile", str(config), "--out", str(tmp_path / "file")]) == 2
     assert "cannot be written to" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_printed_parts_sum_to_the_step(config, capfd, monkeypatch):
+    monkeypatch.setattr(profile, "TOLD", 0.05)  # of which there are smaller ones on any machine
+    assert main(["profile", str(config), "--steps", "1", "--warmup", "1"]) == 0
+    table = capfd.readouterr().out.split("\n\n")[1].splitlines()[1:]
+    shares = {re.split(r"\s{2,}", line.strip())[0]: float(re.search(r"(\d+\.\d)%", line)[1]) for line in table}
+    assert shares.pop("a step") == 100 and sum(shares.values()) == pytest.approx(100, abs=0.05 * len(shares))
+    assert any(name.startswith("smaller parts") for name in shares)

@@ -19,10 +19,10 @@ from fusiontrain.train.status import Status, failure_of, write_status
 from fusiontrain.utils.errors import UserError
 
 
-def train(arguments: list[list[str]]) -> tuple[int, list[str]]:
-    """`fusiontrain train` on this rank, with its own arguments: the exit code, and the errors that it told."""
+def command(name: str, arguments: list[list[str]]) -> tuple[int, list[str]]:
+    """`fusiontrain train` or another one on this rank, with its own arguments: the exit code, and the errors that it told."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = main(["train", *arguments[read_ranks().rank]])
+        code = main([name, *arguments[read_ranks().rank]])
     return code, [line for line in said.getvalue().splitlines() if line.startswith("fusiontrain: error: ")]
 
 
@@ -38,16 +38,17 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("mistake", [["train.stepz=3"], ["--resume", "nowhere"], ["run.dir={config}"]], ids=["before the start", "in the run", "no folder"])
 def test_what_all_ranks_find_is_told_once(config_file: str, mistake: list[str]) -> None:
     arguments = [config_file, *(word.format(config=config_file) for word in mistake)]
-    (first, told), (second, silent) = shared_pool().run(train, 2, [arguments, arguments])
+    (first, told), (second, silent) = shared_pool().run(command, 2, "train", [arguments, arguments])
     assert first == second == 2 and len(told) == 1 and silent == []
     assert not told[0].startswith("fusiontrain: error: rank")
 
 
-def test_what_one_rank_finds_has_its_rank(config_file: str) -> None:
-    (first, silent), (second, told) = shared_pool().run(train, 2, [[config_file], ["missing.yaml"]])
+@pytest.mark.parametrize("name", ["train", "profile"])
+def test_what_one_rank_finds_has_its_rank(config_file: str, name: str) -> None:
+    (first, silent), (second, told) = shared_pool().run(command, 2, name, [[config_file], ["missing.yaml"]])
     assert first == second == 2 and silent == []
     assert [line.partition(";")[0] for line in told] == ["fusiontrain: error: rank 1: missing.yaml: no such file"]
-    (_, of_main), (_, of_other) = shared_pool().run(train, 2, [["missing.yaml"], [config_file, "train.stepz=3"]])
+    (_, of_main), (_, of_other) = shared_pool().run(command, 2, name, [["missing.yaml"], [config_file, "train.stepz=3"]])
     assert [line.partition(";")[0] for line in of_main] == ["fusiontrain: error: missing.yaml: no such file"]
     assert len(of_other) == 1 and of_other[0].startswith("fusiontrain: error: rank 1: ") and "train.stepz" in of_other[0]
 

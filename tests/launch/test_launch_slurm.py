@@ -188,6 +188,8 @@ def test_what_sbatch_refuses_is_said_and_not_remembered(slurm, capsys):
         (["--nodes=0", "--gpus-per-node=8"], "--nodes 0: must be at least 1"),
         (["--nodes=1", "--gpus-per-node=0"], "training on CPUs also needs --procs-per-node"),
         (["--nodes=1", "--gpus-per-node=8", "--procs-per-node=4"], "one process per GPU; leave it out, or give 8"),
+        ([*TWO_NODES, "--time=banana"], "--time 'banana': is none of Slurm's forms"),
+        ([*TWO_NODES, "--time=1:75"], "--time '1:75': is none of Slurm's forms"),
         ([*TWO_NODES, "--sbatch-arg=mail"], "must start with a dash"),
         ([*TWO_NODES, "--name=a\nb"], "must be one line"),
         (["--nodes=3", "--gpus-per-node=0", "--procs-per-node=1"], "global_batch_sequences"),
@@ -197,6 +199,12 @@ def test_options_that_make_no_sense(home, capsys, arguments, sentence):
     before = everything(home)
     assert sentence in refusal(capsys, "launch", "slurm", "run.yaml", *arguments)
     assert everything(home) == before
+
+
+@pytest.mark.parametrize("limit", ["90", "90:30", "12:00:00", "2-12", "2-12:30", "2-12:00:00", "UNLIMITED"])
+def test_every_form_of_a_time_limit_that_slurm_takes(home, capsys, limit):
+    launch(*TWO_NODES, "--dry-run", f"--time={limit}")
+    assert f"--time={limit}\n" in capsys.readouterr().out
 
 
 def test_status_of_a_run_that_has_not_begun(home, capsys):

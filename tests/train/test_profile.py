@@ -17,7 +17,7 @@ from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.ranks import shared_pool
 from fusiontrain.testing.training import world_config
 from fusiontrain.train.profile.advice import largest_loss
-from fusiontrain.train.profile.parts import COLLECTIVES, DATA_WAIT, IDLE, IMAGE_LOSS, NORMS, OPTIMIZER, SHARDING
+from fusiontrain.train.profile.parts import CHECKPOINT, COLLECTIVES, DATA_WAIT, IDLE, IMAGE_LOSS, NORMS, OPTIMIZER, SHARDING
 from fusiontrain.train.profile.report import Row
 from fusiontrain.train.profile.take import for_profile, take_profile
 from fusiontrain.train.profile.window import Window
@@ -196,7 +196,29 @@ def row(group, milliseconds, flops=0.0, lost=None):
 
 def test_the_largest_loss_is_what_no_product_needed():
     """The feed-forward takes most of the time and loses little; without a peak nobody can tell."""
+    even, config = {"model_seconds": 1.0}, tiny_config()
     rows = [row(FEED_FORWARD, 60, 1e9, 0.005), row(DATA_WAIT, 30), row(COLLECTIVES, 10)]
-    assert "is data wait: 30.0 ms of a step (30%); raise data.num_workers" in largest_loss(rows, {"model_seconds": 1.0})
-    assert "is feed-forward: 60.0 ms" in largest_loss([row(FEED_FORWARD, 60, 1e9), *rows[1:]], {"model_seconds": 1.0})
-    assert "the one that computes 1.50 times the mean" in largest_loss([row(COLLECTIVES, 10)], {"model_seconds": 1.5})
+    assert "is data wait: 30.0 ms of a step (30%); raise data.num_workers" in largest_loss(rows, even, config)
+    assert "is feed-forward: 60.0 ms" in largest_loss([row(FEED_FORWARD, 60, 1e9), *rows[1:]], even, config)
+    assert "the one that computes 1.50 times the mean" in largest_loss([row(COLLECTIVES, 10)], {"model_seconds": 1.5}, config)
+
+
+@pytest.mark.parametrize(
+    ("group", "advice", "heeded"),
+    [
+        (NORMS, "parallel.compile=true", {"parallel.compile": True}),
+        (PATCHER, "model.image.patcher=linear", {"model.image.patcher": "linear"}),
+        (COLLECTIVES, "parallel.forward_prefetch=1", {"parallel.forward_prefetch": 1}),
+        (FEED_FORWARD, "raise train.micro_batch_sequences", {"train.micro_batch_sequences": None}),
+        (CHECKPOINT, "checkpoint.asynchronous=true", {"checkpoint.asynchronous": True}),
+    ],
+)
+def test_what_is_done_already_is_not_advised(group, advice, heeded):
+    before = {
+        "parallel.compile": False, "model.image.patcher": "unet", "parallel.forward_prefetch": 0, "train.micro_batch_sequences": 1,
+        "checkpoint.asynchronous": False,
+    }  # fmt: skip
+    told = largest_loss([row(group, 10)], {"model_seconds": 1.0}, tiny_config(before))
+    assert advice in told
+    now = largest_loss([row(group, 10)], {"model_seconds": 1.0}, tiny_config({**before, **heeded}))
+    assert advice not in now and now != told

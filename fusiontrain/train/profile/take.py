@@ -113,7 +113,7 @@ def _report(
             "graph_breaks": {**first.warmed_up.graph_breaks, **first.compiled.graph_breaks},
         },
         syncs={what: count / steps for what, count in first.divided.syncs.items()},
-        largest_loss=largest_loss(rows, imbalance),
+        largest_loss=largest_loss(rows, imbalance, config),
         cross_check=checked,
         notes=_notes(config, ranks),
         files=[PAGE_FILE, JSON_FILE, *(p.trace for p in profiles), *(p.memory.snapshot for p in profiles if p.memory.snapshot)],
