@@ -282,19 +282,27 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         )
 
 
+def _shows_nothing(config: Config) -> str | None:
+    """Why a run of such a model has no picture to show while it trains."""
+    if "image" not in config.data.modalities:
+        return "the run has no pictures (data.modalities)"
+    what = config.data.image.representation
+    return None if what == "pixels" else f"{what} are no pictures that a run could show"
+
+
 def _sampling(config: Config) -> Iterator[Problem]:
     sample, objective = config.sample, config.objective
     for index, prompt in enumerate(sample.prompts):
         if not prompt.strip():
             yield Problem(f"sample.prompts.{index}", "is empty; write a prompt or take it out")
+    if sample.prompts and (why := _shows_nothing(config)) is not None:
+        yield Problem("sample.prompts", f"{why}; set it to [], and ask the trained model with `fusiontrain sample`")
     if not uses_images(config):
         return
     if objective.image != "ddpm" and objective.prediction != "eps":
         yield Problem("objective.prediction", f"is {objective.prediction}, but flow_matching predicts the velocity in any case; set it to eps")
     if objective.image == "ddpm" and sample.steps > objective.num_timesteps:
         yield Problem("sample.steps", f"{sample.steps} is more than objective.num_timesteps={objective.num_timesteps}; lower it")
-    if sample.prompts and config.data.image.representation == "latents":
-        yield Problem("sample.prompts", "latents are no pictures that a run could show; set it to [], and paint latents with `fusiontrain sample --latents`")
     if sample.prompts and sample.guidance != 1 and config.data.condition_dropout == 0:
         yield Problem(
             "sample.guidance",

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from fusiontrain.config.schema import Config
-from fusiontrain.config.validate import uses_images
 from fusiontrain.data.loader import Loader, LoaderState
 from fusiontrain.data.stream import StreamLoader
 from fusiontrain.data.tokenizer import Tokenizer
@@ -220,9 +219,7 @@ class Trainer:
     def _paint(self) -> None:
         """Paint the configured prompts if that is due. All ranks paint together, since each holds a part of the weights."""
         config = self.config
-        if not config.sample.prompts or not uses_images(config):
-            return
-        if not self._due_or_last(config.sample.every_steps):
+        if not config.sample.prompts or not self._due_or_last(config.sample.every_steps):
             return
         self.progress.enter("sample")
         try:

@@ -22,6 +22,7 @@ data:
 train: {steps: 10, global_batch_sequences: 4}
 optimizer: {warmup_steps: 1}
 """
+PICTURES = ("model.recipe=transfusion", "data.modalities=[text, image]", "data.image.size=32")
 
 
 @pytest.fixture
@@ -40,7 +41,10 @@ def lines_of(path: Path, *overrides: str) -> list[str]:
 def test_overrides_reach_values_lists_and_whole_sections(path: Path) -> None:
     config = load(
         path,
-        ["train.steps=50", "data.sources.1.weight=3", "sample.prompts=[a b, '7']", "optimizer.learning_rate=1e-3", "train.micro_batch_sequences=null"],
+        [
+            *PICTURES, "train.steps=50", "data.sources.1.weight=3", "sample.prompts=[a b, '7']", "optimizer.learning_rate=1e-3",
+            "train.micro_batch_sequences=null",
+        ],
     )
     assert config.train.steps == 50
     assert [source.weight for source in config.data.sources] == [1.0, 3.0]
@@ -63,7 +67,7 @@ def test_a_value_may_name_another_and_the_environment(path: Path, monkeypatch: p
 def test_the_resolved_yaml_loads_back_equal(prompt: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("yaml") / "x.yaml"
     file.write_text(TEXT)
-    config = load(file)
+    config = load(file, PICTURES)
     config = config.model_copy(update={"sample": config.sample.model_copy(update={"prompts": ("before " + prompt,)})})
     file.write_text(to_yaml(config), encoding="utf-8")
     assert load(file) == config

@@ -72,7 +72,9 @@ def path(tmp_path: Path) -> Path:
         ([BASE, "optimizer.text_learning_rate_ratio=0.1"], "optimizer.text_learning_rate_ratio", "set model.freeze_text=false"),
         (["objective.image=flow_matching", "objective.prediction=v"], "objective.prediction", "the velocity in any case"),
         (["sample.prompts=[a, ' ']"], "sample.prompts.1", "is empty"),
-        (["sample.prompts=[a]", "data.image.representation=latents", "data.image.channels=4"], "sample.prompts", "sample --latents"),
+        (["sample.prompts=[a]", "data.image.representation=latents", "data.image.channels=4"], "sample.prompts", "latents are no pictures"),
+        ([DENSE, CODES, "data.image.codebook_size=9", "sample.prompts=[a]"], "sample.prompts", "codes are no pictures"),
+        ([DENSE, "data.modalities=[text]", "sample.prompts=[a]"], "sample.prompts", "the run has no pictures"),
         (["sample.steps=1001"], "sample.steps", "objective.num_timesteps=1000"),
         (["data.condition_dropout=0"], "sample.guidance", "without text"),
     ],
@@ -100,8 +102,8 @@ def test_one_wrong_thing(path: Path, overrides: list[str], key: str, word: str) 
         [BASE, "model.freeze_text=false", "optimizer.text_learning_rate_ratio=0.1"],
         ["objective.prediction=v"],
         ["model.num_heads=5", "model.head_dim=8"],
-        ["model.recipe=dense", "data.modalities=[text]", "data.image.size=17"],
-        [DENSE, CODES, "data.image.size=17", "objective.image_weight=0", "sample.steps=2000"],
+        ["model.recipe=dense", "data.modalities=[text]", "data.image.size=17", "sample.prompts=[]"],
+        [DENSE, CODES, "data.image.size=17", "objective.image_weight=0", "sample.steps=2000", "sample.prompts=[]"],
     ],
 )
 def test_right_things_are_let_through(path: Path, overrides: list[str]) -> None:
