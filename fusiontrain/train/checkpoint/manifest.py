@@ -17,7 +17,7 @@ from fusiontrain.utils.errors import UserError
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class DamagedCheckpoint(UserError):
