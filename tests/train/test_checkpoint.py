@@ -17,6 +17,7 @@ from fusiontrain.config.load import to_yaml
 from fusiontrain.parallel.mesh import Ranks
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.train.checkpoint import (
+    FORMAT_VERSION,
     DamagedCheckpoint,
     foreign_files,
     list_checkpoints,
@@ -313,3 +314,12 @@ def test_the_last_sound_checkpoint_is_not_pruned_by_hand(tmp_path: Path, capsys:
     assert len(names(tmp_path)) == 3
     assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "2"]) == 0
     assert names(tmp_path) == [second.name, third.name] and not first.exists()
+
+
+def test_one_of_another_format_is_whole_but_not_for_this_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(manifest_module, "FORMAT_VERSION", 3)
+        checkpoint = save(tmp_path, 7)
+    with pytest.raises(UserError, match=rf"manifest.json: has format 3, this version reads {FORMAT_VERSION}: use fusiontrain ") as refused:
+        read_manifest(checkpoint)
+    assert not isinstance(refused.value, DamagedCheckpoint)
