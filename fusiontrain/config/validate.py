@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fusiontrain.config.schema import Config, SourceConfig
+from fusiontrain.config.schema import Config, ModelConfig, SourceConfig
 
 SHAPE_FIELDS = (
     "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "rope_theta", "norm_eps", "tie_embeddings",
@@ -41,7 +41,10 @@ class Problem(NamedTuple):
 
 def cross_section_problems(config: Config) -> list[Problem]:
     """Everything that is wrong with the values together; needs no disk."""
-    checks = (_base, _shape, _modalities, _speech, _codes, _images, _formats, _stream, _data_order, _mesh, _deepspeed, _batch, _train, _optimizer, _sampling)
+    checks = (
+        _base, _shape, _modalities, _recipe, _speech, _codes, _images, _objective, _formats, _stream, _data_order, _mesh, _deepspeed, _batch, _train,
+        _optimizer, _sampling,
+    )  # fmt: skip
     return [problem for check in checks for problem in check(config)]
 
 
@@ -102,9 +105,28 @@ def _modalities(config: Config) -> Iterator[Problem]:
     choices = (wanted, *others.get(recipe, ()))
     if modalities not in choices:
         yield Problem("data.modalities", f"is {list(modalities)}, but the {recipe} recipe needs {' or '.join(str(list(choice)) for choice in choices)}")
-    merged = config.model.merged
-    if recipe == "mot" and merged and (len(set(merged)) != len(merged) or len(merged) < 2 or not set(merged) <= set(modalities)):
+
+
+OF_ONE_RECIPE = {"separation": "lmfusion", "untied": "mot", "merged": "mot"}
+"""Settings of the model section that say what is per modality, and the recipe that has the choice."""
+
+
+def _recipe(config: Config) -> Iterator[Problem]:
+    """An ablation that would change nothing is refused."""
+    model, modalities = config.model, config.data.modalities
+    for name, recipe in OF_ONE_RECIPE.items():
+        value, default = getattr(model, name), ModelConfig.model_fields[name].default
+        if value != default and model.recipe != recipe:
+            yield Problem(f"model.{name}", f"is {_words(value)}, which only the {recipe} recipe has a use for; set it to {_words(default)}")
+    merged, untied = model.merged, model.untied
+    if model.recipe == "mot" and merged and (len(set(merged)) != len(merged) or len(merged) < 2 or not set(merged) <= set(modalities)):
         yield Problem("model.merged", f"is {list(merged)}, expected two or more of data.modalities={list(modalities)}, or []")
+    if len(set(untied)) != len(untied):
+        yield Problem("model.untied", f"is {_words(untied)}; name each part once")
+
+
+def _words(value: object) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _speech(config: Config) -> Iterator[Problem]:
@@ -129,6 +151,12 @@ def _codes(config: Config) -> Iterator[Problem]:
         yield Problem(key, f"codes are tokens, which the dense, mot and chameleon recipes learn; {config.model.recipe} needs pixels or latents")
     if config.data.image.codebook_size is None:
         yield Problem("data.image.codebook_size", "is not set; with codes it is one more than the largest of them")
+    length, painted = config.data.sequence_length, (config.data.image.size // config.data.image.patch_size) ** 2
+    if "image" in config.data.modalities and length < painted + MARKER_TOKENS:
+        yield Problem(
+            "data.sequence_length", f"{length} does not hold one picture of {painted} codes (data.image.size and patch_size) and its {MARKER_TOKENS} "
+            "marker tokens; raise it, or correct the two"
+        )  # fmt: skip
 
 
 def _images(config: Config) -> Iterator[Problem]:
@@ -156,8 +184,18 @@ def _images(config: Config) -> Iterator[Problem]:
     patcher = config.model.image
     if patcher.patcher == "unet" and patcher.unet_channels % 8:
         yield Problem("model.image.unet_channels", f"{patcher.unet_channels} is no multiple of 8, the number of its normalisation groups")
-    if config.objective.text_weight == 0 and config.objective.image_weight == 0:
-        yield Problem("objective", "text_weight and image_weight are both 0, so there is nothing to learn")
+
+
+def _objective(config: Config) -> Iterator[Problem]:
+    objective, names = config.objective, [f"{name}_weight" for name in config.data.modalities]
+    if not any(getattr(objective, name) for name in names):
+        yield Problem("objective", f"{' and '.join(names)} {'is' if len(names) == 1 else 'are all'} 0, so there is nothing to learn")
+    if not uses_images(config):
+        return
+    if objective.image != "ddpm" and objective.prediction != "eps":
+        yield Problem("objective.prediction", f"is {objective.prediction}, but flow_matching predicts the velocity in any case; set it to eps")
+    if objective.image != "flow_matching" and objective.time_shift != 1:
+        yield Problem("objective.time_shift", f"is {objective.time_shift:g}, but only flow_matching has times to shift; set it to 1")
 
 
 def _formats(config: Config) -> Iterator[Problem]:
@@ -299,8 +337,8 @@ def _sampling(config: Config) -> Iterator[Problem]:
         yield Problem("sample.prompts", f"{why}; set it to [], and ask the trained model with `fusiontrain sample`")
     if not uses_images(config):
         return
-    if objective.image != "ddpm" and objective.prediction != "eps":
-        yield Problem("objective.prediction", f"is {objective.prediction}, but flow_matching predicts the velocity in any case; set it to eps")
+    if sample.ddim_eta and sample.sampler != "ddim":
+        yield Problem("sample.ddim_eta", f"is {sample.ddim_eta:g}, but sample.sampler={sample.sampler} has no use for it; set it to 0, or the sampler to ddim")
     if objective.image == "ddpm" and sample.steps > objective.num_timesteps:
         yield Problem("sample.steps", f"{sample.steps} is more than objective.num_timesteps={objective.num_timesteps}; lower it")
     if sample.prompts and sample.guidance != 1 and config.data.condition_dropout == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import Counter
 from typing import Any
@@ -22,6 +23,8 @@ FORMAT, DECODE, CHECKSUM, READ, CHANGED = REASONS = ("format", "decode", "checks
 are not those indexed."""
 
 NAMED_IN_FULL = 10
+SETTING = re.compile(r"\bdata\.[a-z_.]+=")
+"""What a reason holds that names a setting and its value: then that may be what is wrong, and not the shards."""
 
 
 class BadSample(Exception):
@@ -70,9 +73,8 @@ class BadSampleLog:
         if not quietly and (alike <= NAMED_IN_FULL or alike & (alike - 1) == 0):
             logger.warning("skipped %s: %s%s", source, reason, "" if alike < NAMED_IN_FULL else f" ({alike} so far for this reason, not all are named)")
         if (bad >= FEWEST_BAD_TO_STOP or not self.max_bad_fraction) and bad > self.max_bad_fraction * tried:
-            raise UserError(
-                f"{bad} of {tried} samples are unreadable ({summary}), the last being {source}: {reason}; mend the shards or raise data.max_bad_fraction"
-            )
+            remedy = "correct that setting, or mend the shards" if SETTING.search(str(reason)) else "mend the shards or raise data.max_bad_fraction"
+            raise UserError(f"{bad} of {tried} samples are unreadable ({summary}), the last being {source}: {reason}; {remedy}")
 
     def take(self, step: int) -> list[dict[str, Any]]:
         """The findings up to `step` that were not taken before; those of steps that were built ahead wait."""

@@ -17,6 +17,8 @@ PREDICTION_KEYS = ("image", "prediction", "num_timesteps")
 """Keys of the objective section that say what the numbers mean which the model puts out for an image."""
 PATH_KEYS = ("base", "vae")
 """Keys of the model section that name folders: they may move, so folders are compared by their content."""
+TRAINING_KEYS = ("dropout",)
+"""Keys of the model section that say how it is trained, and nothing of what it is."""
 
 
 def model_identity(config: Config, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def first_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> st
     """The first thing in which two model identities differ, in words; None where they agree."""
     there, here = _flatten(saved["config"]), _flatten(current["config"])
     for key in sorted({*there, *here}, key=lambda key: (key != "recipe", key)):
-        if key.rpartition(".")[2] not in PATH_KEYS and there.get(key) != here.get(key):
+        if key.rpartition(".")[2] not in (*PATH_KEYS, *TRAINING_KEYS) and there.get(key) != here.get(key):
             return f"model.{key} is {there.get(key)!r} there and {here.get(key)!r} here"
     for key in PREDICTION_KEYS:
         if saved["objective"][key] != current["objective"][key]:

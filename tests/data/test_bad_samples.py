@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fusiontrain.data.errors import NAMED_IN_FULL, REASONS, BadSample, BadSampleLog
@@ -44,6 +46,19 @@ def test_the_sentence_that_ends_a_run_says_how_many_for_which_reason():
     log.add(ref(8), BadSample("no", "decode"))
     with pytest.raises(UserError, match=r"^10 of 13 samples are unreadable \(9 decode, 1 changed\), the last being a/x\.tar: sample 9"):
         log.add(ref(9), BadSample("no", "decode"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("its .vq.npy has codes from 8 to 63, data.image.codebook_size=16 allows 0 to 15", "correct that setting, or mend the shards"),
+        ("its 0.jpg does not decode", "mend the shards or raise data.max_bad_fraction"),
+    ],
+)
+def test_where_a_setting_may_be_wrong_the_sentence_says_so(reason, remedy):
+    log = BadSampleLog(0.0)
+    with pytest.raises(UserError, match=rf"{re.escape(reason)}; {remedy}$"):
+        log.add(ref(0), BadSample(reason))
 
 
 def test_findings_wait_for_their_step_and_are_taken_once():

@@ -164,6 +164,13 @@ def test_a_training_whose_sources_are_used_up_ends_with_a_sentence(shards):
     assert {epoch for epoch, _ in seen} == {0, 1}
 
 
+def test_pictures_that_never_fit_are_said_to_be_absent(shards, tmp_path, caplog):
+    make_loader(shards)
+    assert "names image" not in caplog.text
+    make_loader(shards, **{"data.sequence_length": 12, "data.image.size": 64, "data.image.patch_size": 4})
+    assert "data.modalities names image, but none of the first 16 documents has any that fits data.sequence_length=12" in caplog.text
+
+
 def test_a_jump_skips_data_and_is_resumed_past(shards):
     plain = make_loader(shards)
     jumping = make_loader(shards, **{"data.from_step": [[3, 20], [5, 1]]})

@@ -82,3 +82,14 @@ def test_lmfusion(base: str, separation: str, ratio: float) -> None:
     rates = {"model.freeze_text": ratio == 0, "optimizer.text_learning_rate_ratio": ratio or 1.0}
     losses, picture = losses_and_picture(lmfusion_config(base, {"model.separation": separation, **SMALL, **rates}))
     assert losses[2] < losses[0] and picture.shape == (8, 8, 3)
+
+
+FEED_FORWARD = {"feed_forward_norm", "feed_forward.gate", "feed_forward.up", "feed_forward.down"}
+ATTENTION = {"attention_norm", "attention.q", "attention.k", "attention.v", "attention.o"}
+
+
+@pytest.mark.parametrize(("separation", "apart"), [("dense", set()), ("shallow", FEED_FORWARD), ("deep", FEED_FORWARD | ATTENTION)])
+def test_what_lmfusion_separates(base: str, separation: str, apart: set[str]) -> None:
+    """Section 5.1 of the paper, weight by weight: shallow is the feed-forward with its norm, deep attention too."""
+    names = build_model(lmfusion_config(base, {"model.separation": separation, **SMALL})).state_dict()
+    assert {name.removeprefix("blocks.0.").removesuffix(".image.weight") for name in names if name.startswith("blocks.0.") and ".image." in name} == apart

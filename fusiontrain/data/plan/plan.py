@@ -104,6 +104,7 @@ class Plan:
         self._patches = functools.lru_cache(CACHED_SIZES)(lambda height, width: patches(height, width, self.data))
         if training:
             self._require_documents()
+            self._warn_of_absent()
 
     def step(self, step: int) -> list[PlannedSequence]:
         """The sequences of step 0, 1, ...; fewer than a full step, or none, only at the end of a validation split.
@@ -176,6 +177,18 @@ class Plan:
             if any(self._plan(*document, counts=False) for document in self.mixture.window(first, self.data.pack_window_documents)):
                 return
         raise UserError(f"data.sources: not one document fits data.sequence_length={self.data.sequence_length}; raise it, or set data.oversize=truncate")
+
+    def _warn_of_absent(self) -> None:
+        """Say which modalities none of the first documents has, if only because they are too long for a sequence."""
+        window = self.mixture.window(0, self.data.pack_window_documents)
+        first = [part for document in window for part in self._plan(*document, counts=False)]
+        seen = {IMAGE.name: any(part.image_tokens for part in first), SPEECH.name: any(part.speech_tokens for part in first)}
+        for name in self.data.modalities:
+            if not seen.get(name, True):
+                logger.warning(
+                    "data.modalities names %s, but none of the first %s documents has any that fits data.sequence_length=%s: see `fusiontrain data plan`",
+                    name, f"{len(window):,}", self.data.sequence_length,
+                )  # fmt: skip
 
     def _sequence(self, number: int) -> PlannedSequence | None:
         with self._lock:
