@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -16,6 +17,7 @@ from fusiontrain.studies.report import markdown, shown
 from fusiontrain.studies.run import CONFIG, Work
 from fusiontrain.studies.study import Expectation, Scale, Study, Variant, judge_expectations
 from fusiontrain.studies.tables import SCALES, STUDIES
+from fusiontrain.utils.errors import UserError
 
 TINIEST = Scale(
     "tiniest",
@@ -48,6 +50,44 @@ def test_every_variant_is_a_config_that_stands_and_differs_from_all_others(study
     assert len({config.model_dump_json() for config in configs}) == len(configs) > 1
     assert set(study.published) <= {variant.name for variant in study.variants}
     assert all(len(figures) == len(study.published_columns) for figures in study.published.values())
+
+
+REFUSED = {
+    "mot-step-matching": ("model.untied=[]", "model.recipe=dense", "model={recipe: mot}", "data.sources.0.path=elsewhere", "data.sources=[]"),
+    "transfusion-mask": ("model.recipe=mot", "model.image={patcher: linear}", "data.tokenizer.path=bytes", "model.base=elsewhere", "run.dir=x", "seed=3"),
+    "lmfusion-ablation": ("model.freeze_text=false", "optimizer.text_learning_rate_ratio=0.5", "data.validation_sources.0.path=x"),
+    "transfusion-patcher": ("model.dim=64", "data.image.representation=latents"),
+}
+
+
+@pytest.mark.parametrize(("table", "override"), [(table, override) for table, overrides in REFUSED.items() for override in overrides])
+def test_what_a_table_compares_or_stands_on_is_no_override(table, override, tmp_path, capsys):
+    assert main(["reproduce", table, "--out", str(tmp_path / "out"), override]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"{override.partition('=')[0]}: cannot be overridden for the table {table}" in error
+    assert not (tmp_path / "out").exists(), "nothing was made"
+
+
+def test_other_keys_are_free(tmp_path):
+    free = ("model.dim=32", "train.steps=50", "optimizer.learning_rate=0.01", "data.sources.0.image_first_probability=0.5", "model.untied_not=1")
+    work = Work(STUDIES["mot-step-matching"], SCALES["tiny"], free[:-1], tmp_path, 1, 0, print, lambda *_: None)
+    assert {config.model.dim for config in work.check().values()} == {32}
+    with pytest.raises(UserError, match=r"model\.untied_not: unknown key"):
+        dataclasses.replace(work, overrides=free).check()
+
+
+def test_two_steps_with_pictures_as_codes_and_no_llama(tmp_path):
+    """Of a world of its own, beside the one of the other tables."""
+    study = dataclasses.replace(STUDIES["mot-chameleon"], variants=STUDIES["mot-chameleon"].variants[-1:])
+    said: list[str] = []
+    short = dataclasses.replace(TINIEST, overrides=(*TINIEST.overrides, "train.steps=2", "evaluate.every_steps=2"))
+    report = Work(study, short, (), tmp_path, 1, 0, said.append, lambda *_: None).run()
+    assert said == ["making a demo world of 200 documents", "mot: training", "measuring"]
+    assert sorted(path.name for path in (tmp_path / "tiniest" / "ground-codes").iterdir()) == ["tokenizer.json", "world"]
+    values = report["values"]["mot"]
+    assert 0 < values["validation/image"] < 10 and 0 < values["validation/text"] < 10 and values["slope/image"] is None
+    rows = read_metrics(tmp_path / "tiniest" / "trainings" / report["trainings"]["mot"])
+    assert len(rows) == 2 and rows[0]["loss/image"] == pytest.approx(math.log(576), rel=0.2), "a code among all tokens, not yet learnt"
 
 
 def test_expectations_say_when_they_cannot_tell():
