@@ -10,11 +10,12 @@ from typing import Any
 
 from fusiontrain.config.load import load, to_yaml
 from fusiontrain.config.schema import Config
+from fusiontrain.data.world.make import world_info
 from fusiontrain.studies.child import Progress, find_config, read_metrics, train
 from fusiontrain.studies.ground import Ground
 from fusiontrain.studies.measure import Finished, measure
-from fusiontrain.studies.overrides import refuse_fixed
-from fusiontrain.studies.report import write_report
+from fusiontrain.studies.overrides import fit_warmup, folder_name, refuse_fixed
+from fusiontrain.studies.report import Made, write_report
 from fusiontrain.studies.study import Scale, Study, Variant, judge_expectations
 from fusiontrain.train.build import rank_problems
 from fusiontrain.utils.errors import UserError
@@ -25,7 +26,7 @@ CONFIG = "quickstart.yaml"
 @dataclass(frozen=True)
 class Work:
     """A study at a scale. Its table has a folder of its own; the ground and the trainings lie beside it and are shared by all studies of the scale, so that
-    a training which two tables need is done once. overrides: of every training."""
+    a training which two tables need is done once. overrides: of every training, but not of the Llama's."""
 
     study: Study
     scale: Scale
@@ -43,7 +44,12 @@ class Work:
 
     @property
     def folder(self) -> Path:
-        return self.out / self.scale.name / self.study.name
+        return self.out / self.scale.name / folder_name(self.study, self.effective, self.seed)
+
+    @property
+    def effective(self) -> tuple[str, ...]:
+        """The overrides, and what goes with them."""
+        return fit_warmup(self.scale, self.overrides)
 
     def run(self) -> dict[str, Any]:
         """Everything that is not done yet; returns the report, which is written too. Raises UserError where a training fails, and before anything is made
@@ -55,7 +61,8 @@ class Work:
         self.say("measuring")
         values = {name: {column: measure(column, run, baseline) for column in self.study.columns} for name, run in finished.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        return write_report(self.folder, self.study, self.scale, finished, values, judge_expectations(self.study, values))
+        made = Made(self.effective, self.seed, {name: run.processes for name, run in finished.items()}, world_info(self.ground.world))
+        return write_report(self.folder, self.study, self.scale, made, finished, values, judge_expectations(self.study, values))
 
     def check(self) -> dict[str, Config]:
         """The config of every variant. Raises UserError for what can be known of them without the files that they name."""
@@ -79,7 +86,7 @@ class Work:
 
     def settings(self, variant: Variant) -> tuple[str, ...]:
         """What a training of the study changes in `configs/quickstart.yaml`. Trainings whose configs are equal are one."""
-        return (*self._places, "sample.prompts=[]", *self.scale.overrides, *self.study.common, *variant.overrides, *self.overrides)
+        return (*self._places, "sample.prompts=[]", *self.scale.overrides, *self.study.common, *variant.overrides, *self.effective)
 
     @property
     def _places(self) -> tuple[str, ...]:

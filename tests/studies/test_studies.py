@@ -13,7 +13,7 @@ import pytest
 from fusiontrain.cli.main import main
 from fusiontrain.config.load import load
 from fusiontrain.studies.child import find_config, read_metrics
-from fusiontrain.studies.report import markdown, shown
+from fusiontrain.studies.report import Made, markdown, shown
 from fusiontrain.studies.run import CONFIG, Work
 from fusiontrain.studies.study import Expectation, Scale, Study, Variant, judge_expectations
 from fusiontrain.studies.tables import SCALES, STUDIES
@@ -70,10 +70,56 @@ def test_what_a_table_compares_or_stands_on_is_no_override(table, override, tmp_
 
 def test_other_keys_are_free(tmp_path):
     free = ("model.dim=32", "train.steps=50", "optimizer.learning_rate=0.01", "data.sources.0.image_first_probability=0.5", "model.untied_not=1")
-    work = Work(STUDIES["mot-step-matching"], SCALES["tiny"], free[:-1], tmp_path, 1, 0, print, lambda *_: None)
+    work = work_of("mot-step-matching", tmp_path, *free[:-1])
     assert {config.model.dim for config in work.check().values()} == {32}
     with pytest.raises(UserError, match=r"model\.untied_not: unknown key"):
         dataclasses.replace(work, overrides=free).check()
+
+
+def work_of(table, out, *overrides, seed=0, processes=1):
+    return Work(STUDIES[table], SCALES["tiny"], overrides, out, processes, seed, print, lambda *_: None)
+
+
+def test_a_table_with_overrides_takes_no_other_ones_place(tmp_path):
+    plain = work_of("transfusion-mask", tmp_path).folder
+    assert plain == tmp_path / "tiny" / "transfusion-mask"
+    alike = [
+        work_of("transfusion-mask", tmp_path, *overrides).folder
+        for overrides in (("a.b=1", "c.d=2"), ("c.d=2", "a.b=1"), ("c.d=3", "a.b=1", "c.d=2"))
+    ]
+    others = [
+        work_of("transfusion-mask", tmp_path, *overrides, seed=seed).folder
+        for overrides, seed in ((("a.b=1", "c.d=3"), 0), (("a.b=1", "c.d=2"), 1), ((), 1), (("a.b=1",), 0))
+    ]
+    assert len(set(alike)) == 1 and len({plain, alike[0], *others}) == 6
+    assert all(folder.name.startswith("transfusion-mask-") for folder in (*alike, *others))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warmup"),
+    [((), 30), (("train.steps=20",), 2), (("train.steps=5",), 0), (("train.steps=9000",), 30), (("train.steps=20", "optimizer.warmup_steps=15"), 15)],
+)
+def test_fewer_steps_need_no_second_override(overrides, warmup, tmp_path):
+    assert {config.optimizer.warmup_steps for config in work_of("transfusion-noise-cap", tmp_path, *overrides).check().values()} == {warmup}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train.steps=0"], "train.steps: given 0"),
+        (["train.steps=many"], "train.steps: "),
+        (["foo.bar=1"], "foo: unknown key"),
+        (["model.num_heads=7"], "model.dim: 128 is no multiple of model.num_heads=7"),
+        (["train.global_batch_sequences=9", "--processes", "2"], "train.global_batch_sequences=9: must be a multiple"),
+        (["--processes", "0"], "--processes 0: must be at least 1"),
+        (["--processes=-1"], "--processes -1: must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_made(arguments, sentence, tmp_path, capsys):
+    assert main(["reproduce", "transfusion-mask", "--out", str(tmp_path / "out"), *arguments]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and sentence in errors[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_steps_with_pictures_as_codes_and_no_llama(tmp_path):
@@ -102,7 +148,10 @@ def test_expectations_say_when_they_cannot_tell():
 
 def test_the_table_stands_beside_the_published_figures():
     values = {"frozen": dict.fromkeys(STUDY.columns, 1.25), "learning": dict.fromkeys(STUDY.columns)}
-    text = markdown(STUDY, TINIEST, values, [("frozen text stays", False)], 3)
+    text = markdown(STUDY, TINIEST, Made((), 0, {"frozen": 1, "learning": 1}, {"seed": 5}), values, [("frozen text stays", False)], 3)
+    assert "Made with seed 0, a world of seed 5, 1 process(es) a training, and no overrides." in text
+    made = str(Made(("train.steps=50", "model.dim=32"), 3, {"frozen": 2, "learning": 1}, None))
+    assert made == "Made with seed 3, 1 or 2 process(es) a training, and these overrides: `train.steps=50`, `model.dim=32`."
     assert "| frozen | 1.250 | 1.250 | 1.250 | 1.250 | 1.250 | 12.5 |" in text
     assert "| learning | - | - | - | - | - |  |" in text
     assert "| frozen text stays | not seen |" in text
@@ -128,6 +177,9 @@ def test_a_study_is_carried_out_and_goes_on_where_it_stopped(tmp_path):
     assert report["expectations"] == [{"expected": "frozen text stays", "seen": True}]
     assert json.loads((folder / "table.json").read_text())["values"] == values
     assert (folder / "curves.png").stat().st_size > 10_000
+    assert report["made"]["overrides"] == () and report["made"]["seed"] == report["made"]["world"]["seed"] == 0
+    assert report["made"]["processes"] == {"frozen": 1, "learning": 1}
+    assert "1 process(es) a training, and no overrides." in (folder / "table.md").read_text()
     said.clear()
     assert work.run()["values"] == values
     assert said == ["measuring"], "what is done is not done again"
