@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, step, steps) while a training runs."""
 
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 30.0
 ENVIRONMENT = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -56,18 +58,20 @@ def train(
     stop_after_step: int | None = None,
     resume: str = "auto",
 ) -> None:
-    """`torchrun ... fusiontrain train`, in processes of its own; its output goes to `<run>/logs/console.log`.
+    """`torchrun ... fusiontrain train`, in processes of its own; its output goes to `<run>/logs/console.log`. It ends with
+    this process, whatever ends that.
 
     stop_after_step: send the SIGTERM that a scheduler would send once that step is done, and wait for the save. Raises UserError with the end
     of the console log if the training fails.
     """
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "fusiontrain"),
+        *(sys.executable, "-m", "fusiontrain.studies.agent", str(os.getpid())),
+        *("--standalone", "--nproc-per-node", str(processes), "-m", "fusiontrain"),
         *("train", str(config), "--resume", resume, f"run.dir={run}", *overrides),
     ]
     console = run / "logs" / "console.log"
     console.parent.mkdir(parents=True, exist_ok=True)
-    with console.open("a") as log, _process(command, log) as process:
+    with console.open("a") as log, _exit_on_sigterm(), _process(command, log) as process:
         stopped = False
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
@@ -91,8 +95,21 @@ def _total_steps(run: Path) -> int:
 
 
 @contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process by SystemExit, so that its child is asked to save and stop first. Python lets the main thread alone ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
 def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A child that does not outlive this process, whatever ends it."""
+    """A child that is asked to end with this block, and made to after `PATIENCE_SECONDS`. See `agent.py` for when this process is killed."""
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **os.environ})
     try:
         yield process
@@ -100,5 +117,5 @@ def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[byte
         if process.poll() is None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=30)
+                process.wait(PATIENCE_SECONDS)
             process.kill()

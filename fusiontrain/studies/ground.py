@@ -15,10 +15,12 @@ from fusiontrain.train.inference import load_for_inference
 
 @dataclass(frozen=True)
 class Ground:
-    """A folder with `world/`, `tokenizer.json` and `llama/`, the last made from the training in `llama_run/`."""
+    """A folder with `world/`, `tokenizer.json` and `llama/`, the last made from the training in `llama_run/`. codes: the world holds its pictures as codes
+    too."""
 
     folder: Path
     seed: int
+    codes: bool = False
 
     @property
     def world(self) -> Path:
@@ -38,9 +40,11 @@ class Ground:
         return (*sources, f"data.validation_sources.0.path={self.world / 'validation'}", f"seed={self.seed}")
 
     def make_world(self, documents: int) -> None:
-        """Write the world and train its tokenizer."""
-        make_world(self.world, documents, self.seed)
-        write_tokenizer(self.world / "train", self.tokenizer)
+        """Write the world and train its tokenizer, whose file appears last and whole: where it is, so is the world."""
+        make_world(self.world, documents, self.seed, tokens=self.codes)
+        partial = self.tokenizer.with_suffix(".partial")
+        write_tokenizer(self.world / "train", partial)
+        partial.replace(self.tokenizer)
 
     def pretrain(self, overrides: Sequence[str], processes: int, progress: Progress) -> None:
         """Train the text-only Llama of `configs/quickstart_llama.yaml` and export it as a Hugging Face folder."""

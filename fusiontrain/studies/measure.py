@@ -28,6 +28,11 @@ class Finished:
     ground: Ground
     judged: int
 
+    @property
+    def processes(self) -> int:
+        """Ranks that trained it; the most, where it went on with another number of them."""
+        return len(list((self.run / "logs").glob("rank-*.log")))
+
     def curve(self, key: str) -> list[float]:
         """The values of a key over all steps that have one."""
         return [row[key] for row in self.rows if row.get(key) is not None]

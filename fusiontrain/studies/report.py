@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,47 @@ from fusiontrain.utils.errors import UserError
 SEEN = {True: "seen", False: "not seen", None: "could not be judged"}
 
 
+@dataclass(frozen=True)
+class Made:
+    """How a table was made. overrides: of every training. processes: of each. world: what its `world.json` says."""
+
+    overrides: tuple[str, ...]
+    seed: int
+    processes: Mapping[str, int]
+    world: Mapping[str, Any] | None
+
+    def __str__(self) -> str:
+        ranks = " or ".join(str(number) for number in sorted(set(self.processes.values())))
+        seeds = f"seed {self.seed}" + ("" if self.world is None else f", a world of seed {self.world['seed']}")
+        return f"Made with {seeds}, {ranks} process(es) a training, " + (
+            f"and these overrides: {', '.join(f'`{override}`' for override in self.overrides)}." if self.overrides else "and no overrides."
+        )
+
+
 def write_report(
-    folder: Path, study: Study, scale: Scale, finished: Mapping[str, Finished], values: Values, expectations: Sequence[tuple[str, bool | None]]
+    folder: Path,
+    study: Study,
+    scale: Scale,
+    made: Made,
+    finished: Mapping[str, Finished],
+    values: Values,
+    expectations: Sequence[tuple[str, bool | None]],
 ) -> dict[str, Any]:
     """Write the three files into `folder`; returns what is in `table.json`."""
     steps = {name: run.rows[-1]["step"] for name, run in finished.items()}
     report = {
-        "study": study.name, "source": study.source, "scale": scale.name, "steps": steps, "values": values,
+        "study": study.name, "source": study.source, "scale": scale.name, "made": asdict(made), "steps": steps, "values": values,
         "trainings": {name: run.run.name for name, run in finished.items()},
         "published": {"columns": study.published_columns, "values": study.published}, "fit": FIT if study.baseline else None,
         "expectations": [{"expected": words, "seen": seen} for words, seen in expectations],
     }  # fmt: skip
     (folder / "table.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    (folder / "table.md").write_text(markdown(study, scale, values, expectations, max(steps.values())))
+    (folder / "table.md").write_text(markdown(study, scale, made, values, expectations, max(steps.values())))
     draw_curves(folder / "curves.png", study, finished)
     return report
 
 
-def markdown(study: Study, scale: Scale, values: Values, expectations: Sequence[tuple[str, bool | None]], steps: int) -> str:
+def markdown(study: Study, scale: Scale, made: Made, values: Values, expectations: Sequence[tuple[str, bool | None]], steps: int) -> str:
     """The table beside the published figures, and which of the expected orderings appear."""
     head = ["", *study.columns, *(f"published: {name}" for name in study.published_columns)]
     blank = ("",) * len(study.published_columns)
@@ -43,7 +67,7 @@ def markdown(study: Study, scale: Scale, values: Values, expectations: Sequence[
     lines = [
         f"# {study.title}", "",
         f"{study.source}. Scale {scale.name}: {steps:,} steps of each training on the demo world; the published figures are of models and data a thousand",
-        "times as large and measure other things, so orderings are what can be compared.", "",
+        "times as large and measure other things, so orderings are what can be compared.", "", str(made), "",
         *(_row(cells) for cells in (head, ["---"] * len(head), *rows)), "",
         *([f"Slope: share of the steps of `{study.baseline}` that the same loss takes ({FIT})."] if study.baseline else []), "",
         "| expected | |", "|---|---|", *(_row([words, SEEN[seen]]) for words, seen in expectations),
