@@ -126,7 +126,8 @@ def _assumed(config: Config, patch_dim: int, text: int | None, image: int | None
     documents, make = max(1, count), _image_maker(config, patch_dim)
     texts = [text // documents + (n < text % documents) for n in range(documents)]
     found = tuple(Document((_text(n - 1), *((make(size), _text(1)) if count else (_text(1),))), NOWHERE) for n in texts)
-    origin = f"every sequence has {text:,} text tokens" + (f" and {count} image{'s' * (count != 1)} of {size:,} tokens{size_origin}, each behind its text" if size else "")
+    images = f" and {count} image{'s' * (count != 1)} of {size:,} tokens{size_origin}, each behind its text"
+    origin = f"every sequence has {text:,} text tokens" + (images if size else "")
     if image is not None and image != count * size:
         origin += f"; the {image:,} image tokens that were asked for are {count * size:,}, whole images"
     return PackedSequence(found, length, 0), origin
