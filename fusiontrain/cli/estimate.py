@@ -21,7 +21,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a machine, one process each (default: 8)")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="kind of GPU (default: h100)")
     parser.add_argument("--text-tokens", type=int, help="of every sequence, instead of what the index of the data says")
-    parser.add_argument("--image-tokens", type=int, help="of every sequence, instead of what the index of the data says")
+    parser.add_argument("--image-tokens", type=int, help="of every sequence, as whole images, instead of what the index of the data says")
+    parser.add_argument(
+        "--tokens-per-image", type=int, help="where the files decide: latents, codes and resize: native (default: of data.image.size, 8 pixels a latent cell)"
+    )
     parser.add_argument("--compute-efficiency", type=float, default=0.5, help="share of the peak FLOP/s that is reached (default: 0.5)")
     parser.add_argument("--link-efficiency", type=float, default=0.7, help="share of the links' bandwidth that is reached (default: 0.7)")
     parser.add_argument("--overlap", type=float, default=0.9, help="share of the communication that runs beside computation (default: 0.9)")
@@ -34,6 +37,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("nodes", "gpus_per_node"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name, least in (("text_tokens", 0), ("image_tokens", 0), ("tokens_per_image", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     for name in ("compute_efficiency", "link_efficiency", "overlap"):
         if not 0 < getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0 and at most 1")
@@ -45,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     efficiency = Efficiency(compute=args.compute_efficiency, links=args.link_efficiency, overlap=args.overlap)
     target = Target(args.nodes * args.gpus_per_node, DEVICES[args.gpu], args.gpus_per_node, efficiency)
-    document = {"config": args.config, **report(Estimator(config, target, args.text_tokens, args.image_tokens), not args.no_advice)}
+    estimator = Estimator(config, target, args.text_tokens, args.image_tokens, args.tokens_per_image)
+    document = {"config": args.config, **report(estimator, not args.no_advice)}
     if args.json:
         print_json(document)
     else:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontrain.cli.main import main
 from fusiontrain.config.load import load
+from fusiontrain.data.batch_arrays import patch_dim
 from fusiontrain.data.index.cache import prepare_sources
 from fusiontrain.data.loader import Loader
 from fusiontrain.data.tokenizer import load_tokenizer
@@ -23,11 +24,13 @@ from fusiontrain.models.flops import count_flops, recomputed_flops
 from fusiontrain.parallel.apply import parallelize
 from fusiontrain.testing.configs import tiny_config
 from fusiontrain.testing.documents import batch_of, document
+from fusiontrain.testing.recipes import make_recipe_world, recipe_config
 from fusiontrain.train.estimate.advice import advise
 from fusiontrain.train.estimate.estimator import Estimator, Target
 from fusiontrain.train.estimate.hardware import DEVICES, Device, Efficiency, step_time
 from fusiontrain.train.estimate.report import report
 from fusiontrain.train.estimate.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Channel
+from fusiontrain.train.estimate.workload import workload
 from fusiontrain.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -165,7 +168,7 @@ def test_weights_may_be_sharded_anew_over_a_few_ranks():
 
 
 def test_a_frozen_prefix_saves_its_backward():
-    settings = {"data.sequence_length": 48, "data.image.size": 16, "train.global_batch_sequences": 2, "data.image.patch_size": 2}
+    settings = {"data.sequence_length": 48, "data.image.size": 16, "train.global_batch_sequences": 2}
     found = {}
     for prefix in (True, False):
         estimator = Estimator(lmfusion(**{**settings, "parallel.frozen_prefix": prefix}), Target(1, small_gpu(1e12)))
@@ -252,3 +255,89 @@ def test_a_base_that_is_not_here_is_known_by_name():
     assert found["parameters"]["text"] == {"trainable": 0, "frozen": 1_235_814_400}
     assert any("published shape" in sentence for sentence in found["assumptions"])
     assert found["memory"]["peak_bytes"] < 40 * GIB
+
+
+PUBLISHED = sorted(path for path in CONFIGS.glob("*.yaml") if any(f"representation: {kind}\n" in path.read_text() for kind in ("latents", "codes")))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_latents_and_codes_have_the_papers_images(path):
+    """32 x 32 latents in 2 x 2 patches, and 1,024 codes: half of a sequence by default."""
+    config = load(path)
+    size = {"latents": 256, "codes": 1024}[config.data.image.representation]
+    work = workload(config, patch_dim(config.data), None, None, None)
+    images = [segment.num_tokens for document in work.sequences[0].documents for segment in document.segments if segment.modality == "image"]
+    assert images == [size] * (2048 // size) and f"images of {size:,} tokens (" in work.origin
+
+
+@pytest.mark.parametrize("name", ["mot_transfusion_163m", "mot_chameleon_37m"])
+def test_image_tokens_are_honoured_where_the_files_decide(name):
+    """As asked, and with the FLOPs of those rows: their modality's projections see each of them, forward and twice backward."""
+    config = load(CONFIGS / f"{name}.yaml")
+    less, more = (Estimator(config, Target(8, DEVICES["h100"]), image_tokens=asked) for asked in (1024, 2048))
+    for found, asked in ((less, 1024), (more, 2048)):
+        assert (found.step["image tokens"], found.step["text tokens"]) == (asked, 4096 - asked)
+    model, sequences = config.model, config.train.global_batch_sequences
+    products = model.num_layers * (4 * model.dim * model.dim + 3 * model.dim * model.ffn_dim)
+    added = more.flops["image"] - less.flops["image"]
+    if name == "mot_transfusion_163m":
+        assert added > 6 * 1024 * products * sequences, "the patcher besides"
+    else:
+        assert added == 6 * 1024 * (products + model.vocab_size * model.dim) * sequences, "the head says every code"
+        assert less.step["labelled tokens"] == 4096 - 1
+
+
+def test_codes_are_rows_of_the_modality_image():
+    """FLOPs of codes are those of batches that the loader would make of such documents."""
+    codes = {"data.image": {"representation": "codes", "codebook_size": 20, "size": 8, "patch_size": 2}, "model.vocab_size": 280}
+    config = tiny_config({"model.recipe": "mot", "data.sequence_length": 36, "train.global_batch_sequences": 1, **codes})
+    found = Estimator(config, Target(1, DEVICES["cpu"]), image_tokens=16)
+    batch = batch_of([document([1] * 19, ("codes", *range(260, 276)), [2], seed=0)], config)
+    assert found.flops == count_flops(build_model(config), batch) and found.flops["image"] > 0
+
+
+def test_codes_in_the_index_are_images_too(tmp_path):
+    make_recipe_world(tmp_path)
+    config = recipe_config(tmp_path, "Chameleon", "run", 2)
+    prepare_sources(config, lambda done, total: None)
+    estimator = Estimator(config, Target(2, DEVICES["cpu"]))
+    loader = Loader(config, load_tokenizer(config), "train", 0, 1)
+    batches, _ = next(loader.iterate(0))
+    loader.close()
+    assert estimator.step["image tokens"] == sum(batch.token_counts["image"] for batch in batches) / 4 > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "assumption"),
+    [
+        ("mot_transfusion_163m", ["--image-tokens", "1000"], "the 1,000 image tokens that were asked for are 1,024, whole images"),
+        ("mot_transfusion_163m", ["--image-tokens", "300"], "and 1 image of 256 tokens (latents of 32 cells a side"),
+        ("mot_transfusion_163m", ["--tokens-per-image", "64"], "and 32 images of 64 tokens, each"),
+        ("mot_chameleon_37m", ["--tokens-per-image", "576"], "and 3 images of 576 tokens, each"),
+        ("chameleon_7b", ["--text-tokens", "3000"], "every sequence has 3,000 text tokens and 1 image of 1,024 tokens (codes"),
+    ],
+    ids=str,
+)
+def test_assumptions_say_what_became_of_the_numbers(name, arguments, assumption):
+    config = load(CONFIGS / f"{name}.yaml")
+    given = {option[2:].replace("-", "_"): int(value) for option, value in zip(arguments[::2], arguments[1::2], strict=True)}
+    numbers = [given.get(key) for key in ("text_tokens", "image_tokens", "tokens_per_image")]
+    assert assumption in workload(config, patch_dim(config.data), *numbers).origin
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "sentence"),
+    [
+        ("mot_transfusion_163m", ["--image-tokens", "4096"], "0 text tokens and 16 images of 256 tokens: must fit data.sequence_length=4096"),
+        ("mot_transfusion_163m", ["--image-tokens", "100"], "--image-tokens 100: is less than one image of 256 tokens"),
+        ("mot_transfusion_163m", ["--image-tokens", "-256"], "--image-tokens -256: must be at least 0"),
+        ("mot_chameleon_37m", ["--image-tokens", "1000"], "--image-tokens 1000: is less than one image of 1024 tokens"),
+        ("lmfusion_8b", ["--tokens-per-image", "64"], "make it 256; change those"),
+        ("debug/dense", ["--gpus-per-node", "1", "--image-tokens", "1024"], "the model has no images (data.modalities=text)"),
+    ],
+    ids=str,
+)
+def test_image_tokens_are_never_dropped_in_silence(name, arguments, sentence, capsys):
+    assert main(["estimate", str(CONFIGS / f"{name}.yaml"), "--no-advice", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1

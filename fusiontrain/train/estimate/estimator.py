@@ -83,13 +83,20 @@ class Estimator:
     sentences. Raises UserError for a base that is neither here nor known, and for tokens that do not fit a sequence.
     """
 
-    def __init__(self, config: Config, target: Target, text_tokens: int | None = None, image_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        target: Target,
+        text_tokens: int | None = None,
+        image_tokens: int | None = None,
+        tokens_per_image: int | None = None,
+    ) -> None:
         self.target = target
         self.on_gpu = target.device.memory_bytes is not None
         check_world_size(config, target.world_size)
         self.shape, known_by_name = shape_of(config)
         lean, codec = without_codec(config)
-        self.work = workload(config, patch_dim(lean.data), text_tokens, image_tokens)
+        self.work = workload(config, patch_dim(lean.data), text_tokens, image_tokens, tokens_per_image)
         self.config, changes = traceable(lean, self.on_gpu)
         model = self._declare(self.config)
         self.parameters = count_parameters(model)
