@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontrain.cli.common import add_json_argument, print_json, print_table
+from fusiontrain.cli.common import add_json_argument, note, print_json, print_table
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
         "validation": {name: loss for name, loss in losses.items() if math.isfinite(loss)},
     }
     world = _demo_world(config)
-    if world is not None and trained.model.image is not None and args.judge > 0:
+    if world is not None and trained.model.image is None and args.judge > 0:
+        what = "its images are codes, which nothing here makes pictures of" if trained.writes_codes else "it has no images"
+        note(f"no scores of the judge: the model paints no pictures, for {what}")
+    elif world is not None and args.judge > 0:
         from fusiontrain.generate.score import judge_model
 
         judged = judge_model(trained.model, trained.tokenizer, config, world, args.judge, config.seed)

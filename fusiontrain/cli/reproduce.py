@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--scale", choices=["tiny", "small"], default="tiny", help="tiny: minutes to an hour on two CPU cores; small: one 80 GB GPU")
     parser.add_argument("--out", default="runs/reproduce", help="folder; what is done there is not done again (default: runs/reproduce)")
     parser.add_argument("--processes", type=int, default=None, help="ranks of the trainings (default: 2 for tiny, 1 for small)")
-    parser.add_argument("--seed", type=int, default=0, help="of the trainings, and of the world if it is not there yet (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the trainings; the world and the Llama stay the same (default: 0)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
     add_json_argument(parser)
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from fusiontrain.cli.common import add_json_argument, print_json
+from fusiontrain.cli.sample_options import MAX_IMAGES, check_numbers, max_images_of, sampling_of, what_applies
 from fusiontrain.config.schema import SampleConfig
 from fusiontrain.utils.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from fusiontrain.train.trained import Sampling, Trained
+    from fusiontrain.train.trained import Trained
 
 SHEET = "contact-sheet.png"
 RECORD = "samples.json"
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `sample` and its options."""
     parser = subparsers.add_parser("sample", help="paint, caption or interleave with a trained model", description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint, an exported folder, or a run folder (its newest checkpoint)")
-    parser.add_argument("--prompt", action=_InOrder, metavar="TEXT", help="text; may be repeated")
+    parser.add_argument("--prompt", action=_InOrder, metavar="TEXT", help="text; may be repeated; empty only where text is written from nothing")
     parser.add_argument("--image", action=_InOrder, metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--out", required=True, metavar="DIR", help=f"gets the pictures, {SHEET} and {RECORD}")
     parser.add_argument(
@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--temperature", type=float, help="of text; 0 = the most likely token (default: the config's)")
     parser.add_argument("--max-new-tokens", type=int, help="tokens of new text (default: the config's)")
     parser.add_argument("--latents", type=int, metavar="CELLS", help="paint latents of CELLS x CELLS, of a model trained on latents: .latent.npy files")
-    parser.add_argument("--max-images", type=int, default=4, help="new pictures of an interleaved document (default: 4)")
+    parser.add_argument("--max-images", type=int, help=f"new pictures of an interleaved document (default: {MAX_IMAGES})")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (train.ema_decay)")
     add_json_argument(parser)
     parser.set_defaults(run=run, pieces=[])
@@ -61,7 +61,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sample and write. Returns the exit code; raises UserError for bad input."""
     mode = _mode(args)
-    _check_numbers(args)
+    check_numbers(args)
+    out = _checked_folder(args.out)
     from fusiontrain.generate.pictures import load_picture
     from fusiontrain.train.inference import load_for_inference
 
@@ -71,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
         mode = "write"
     if args.latents is not None and mode != "paint":
         raise UserError("sample: --latents is for painting: give --prompt alone, and a model that was trained on latents")
-    out = _folder(args.out)
+    settings = what_applies(args, mode, trained)
     samples, pictures, captions = MODES[mode](args, trained, pieces)
-    record = {"checkpoint": str(trained.checkpoint), "mode": mode, **asdict(_sampling(args, trained)), "samples": samples}
+    record = {"checkpoint": str(trained.checkpoint), "mode": mode, **settings, "samples": samples}
     _write(out, record, pictures, captions)
     if args.json:
         print_json(record)
@@ -96,49 +97,34 @@ def _mode(args: argparse.Namespace) -> str:
     return mode
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("steps", 1), ("guidance", 0), ("seed", 0), ("temperature", 0), ("max_new_tokens", 1), ("max_images", 0), ("latents", 1)):
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"sample: --{name.replace('_', '-')} {value}: must be a number of at least {least}")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        raise UserError(f"sample: --eta {args.eta}: must be a number from 0 to 1")
-
-
-def _sampling(args: argparse.Namespace, trained: Trained) -> Sampling:
-    """What the options leave open comes from the config that the model was trained with."""
-    names = ("seed", "steps", "guidance", "sampler", "eta", "temperature", "max_new_tokens")
-    return trained.sampling(**{name: getattr(args, name) for name in names})
-
-
 Result = tuple[list[dict[str, Any]], list["np.ndarray"], list[str]]
 """Records of the samples, the new pictures or latents that their "file" entries name, and what the contact sheet says under each."""
 
 
 def _paint(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
     if trained.writes_codes and args.latents is None:
-        images = trained.paint_codes(prompts, _sampling(args, trained))
+        images = trained.paint_codes(prompts, sampling_of(args, trained))
         return [{"prompt": prompt, "codes": codes} for prompt, codes in zip(prompts, images, strict=True)], [], []
     if args.latents is not None:
-        pictures = trained.paint_latents(prompts, _sampling(args, trained), args.latents)
+        pictures = trained.paint_latents(prompts, sampling_of(args, trained), args.latents)
     else:
-        pictures = trained.paint(prompts, _sampling(args, trained))
+        pictures = trained.paint(prompts, sampling_of(args, trained))
     files = [_file(number, picture) for number, picture in enumerate(pictures)]
     return [{"prompt": prompt, "file": file} for prompt, file in zip(prompts, files, strict=True)], pictures, list(prompts)
 
 
 def _continue(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
-    texts = trained.write(prompts, _sampling(args, trained))
+    texts = trained.write(prompts, sampling_of(args, trained))
     return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)], [], []
 
 
 def _speak(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -> Result:
-    units = trained.speak(prompts, _sampling(args, trained))
+    units = trained.speak(prompts, sampling_of(args, trained))
     return [{"prompt": prompt, "units": spoken} for prompt, spoken in zip(prompts, units, strict=True)], [], []
 
 
 def _caption(args: argparse.Namespace, trained: Trained, pictures: Sequence[np.ndarray]) -> Result:
-    texts = trained.captions(pictures, _sampling(args, trained))
+    texts = trained.captions(pictures, sampling_of(args, trained))
     sources = [value for _, value in args.pieces]
     return [{"image": source, "text": text} for source, text in zip(sources, texts, strict=True)], list(pictures), texts
 
@@ -147,10 +133,10 @@ def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any
     if trained.writes_codes:
         if any(kind == "image" for kind, _ in args.pieces):
             raise UserError("sample: this model reads codes, which nothing here makes of a picture: give --prompt alone")
-        written = trained.write_document(prompt, _sampling(args, trained), args.max_images)
+        written = trained.write_document(prompt, sampling_of(args, trained), max_images_of(args))
         found = [{"text": piece} if isinstance(piece, str) else {"codes": piece} for piece in written]
         return [{"prompt": [{kind: value} for kind, value in args.pieces], "pieces": found}], [], []
-    produced = trained.interleave(prompt, _sampling(args, trained), args.max_images)
+    produced = trained.interleave(prompt, sampling_of(args, trained), max_images_of(args))
     pieces: list[dict[str, str]] = []
     pictures: list[np.ndarray] = []
     captions: list[str] = []
@@ -170,13 +156,14 @@ def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any
 MODES: dict[str, Callable[..., Result]] = {"paint": _paint, "write": _continue, "speak": _speak, "caption": _caption, "interleave": _interleave}
 
 
-def _folder(path: str) -> Path:
-    """The output folder, made before the sampling: an hour of painting must not end at a folder that cannot be."""
+def _checked_folder(path: str) -> Path:
+    """The output folder, which can be made: an hour of painting must not end at one that cannot be. It is made when there is something to write."""
     out = Path(path)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_writable(out, error) from error
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {out}: cannot be written ({existing} is no folder)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: cannot be written ({existing} is not yours to write to)")
     return out
 
 
@@ -198,6 +185,7 @@ def _write(out: Path, record: dict[str, Any], pictures: Sequence[np.ndarray], ca
     from fusiontrain.generate.pictures import contact_sheet
 
     try:
+        out.mkdir(parents=True, exist_ok=True)
         (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for number, picture in enumerate(pictures if record["mode"] != "caption" else ()):
             path = out / _file(number, picture)

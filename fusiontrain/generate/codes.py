@@ -71,12 +71,13 @@ def write_document(
 
     Text goes on until EOS, or until BOI, which exactly `codes.per_image` codes and EOI follow. `writing.max_new_tokens` bounds the text of the whole
     document, `max_images` its new images, `context` all of it in tokens: an image that would not fit is not begun. Raises UserError for an empty
-    prompt, one that does not fit, and images of another number of codes.
+    prompt, one that does not fit with that text, and images of another number of codes.
     """
     produced: list[Piece] = []
     with evaluating(model):
         cache = model.new_cache(1, context)
-        logits = _read_prompt(model, tokenizer, cache, prompt, codes, context)
+        logits = _read_prompt(model, tokenizer, cache, prompt, codes, writing.max_new_tokens, context)
+        text: list[int] = []
         num_written = num_images = place = 0
         while True:
             # An image costs BOI, its codes and EOI, and one place for the token after it. While one may come, its places are kept free.
@@ -85,16 +86,20 @@ def write_document(
             limited = replace(writing, max_new_tokens=min(writing.max_new_tokens - num_written, room))
             stop_ids = [tokenizer.end_text_id, *([tokenizer.begin_image_id] if may_paint else [])]
             written = write_text(model, tokenizer, cache, logits, limited, stop_ids=stop_ids, row_numbers=[0], first_place=place)
-            num_written, place = num_written + len(written.tokens[0]), place + len(written.tokens[0]) + 1
-            if written.tokens[0]:
-                produced.append(tokenizer.decode(written.tokens[0]).strip())
+            text += written.tokens[0]
+            num_written, place = num_written + len(written.tokens[0]), place + len(written.tokens[0])
+            if written.ended_by[0] is None and num_written < writing.max_new_tokens and _room(cache, context):
+                logits = written.logits  # the places that were kept for an image are for text after all
+                continue
+            if text:
+                produced.append(tokenizer.decode(text).strip())
             if written.ended_by[0] != tokenizer.begin_image_id:
                 return produced
             logits = read_tokens(model, cache, [[tokenizer.begin_image_id]])
-            image = write_codes(model, cache, logits, codes, writing, [0], first_place=place)
+            image = write_codes(model, cache, logits, codes, writing, [0], first_place=place + 1)
             produced.append(image[0].numpy())
             logits = read_tokens(model, cache, [[tokenizer.end_image_id]])
-            num_images, place = num_images + 1, place + codes.per_image
+            text, num_images, place = [], num_images + 1, place + 1 + codes.per_image
 
 
 def _room(cache: KVCache, context: int) -> int:
@@ -102,7 +107,7 @@ def _room(cache: KVCache, context: int) -> int:
 
 
 def _read_prompt(
-    model: FusionModel, tokenizer: Tokenizer, cache: KVCache, prompt: Sequence[Piece], codes: CodeSpace, context: int
+    model: FusionModel, tokenizer: Tokenizer, cache: KVCache, prompt: Sequence[Piece], codes: CodeSpace, max_new_tokens: int, context: int
 ) -> torch.Tensor:
     """Logits [1, V] behind a prompt, which the cache of one row then holds."""
     encoded = [tokenizer.encode(piece) if isinstance(piece, str) else piece for piece in prompt]
@@ -111,7 +116,7 @@ def _read_prompt(
             raise UserError(f"an image of a prompt must be {codes.per_image} codes from 0 to {len(codes.ids) - 1}, not {piece.dtype} {list(piece.shape)}")
     pending, logits = opening(tokenizer), None
     needed = len(pending) + sum(len(piece) + 2 * isinstance(piece, np.ndarray) for piece in encoded)
-    check_fits(needed + 1, context, "the prompt")
+    check_fits(needed + max_new_tokens, context, "the prompt with max_new_tokens of text")
     for piece in encoded:
         if isinstance(piece, np.ndarray):
             read_tokens(model, cache, [[*pending, tokenizer.begin_image_id]])

@@ -41,7 +41,7 @@ def interleave(
 
     Text is written until BOI, which starts an image; the finished image is read back clean (noise level 0), EOI follows by rule, and text goes on
     until EOS (Transfusion, section 3). `writing.max_new_tokens` bounds the text of the whole document, `max_images` its new images, `context` all of
-    it in tokens. Raises UserError for an empty prompt or one that does not fit the context.
+    it in tokens. Raises UserError for an empty prompt, or one that does not fit the context with that text.
     """
     if not len(prompt):
         raise UserError("interleaving needs a prompt: give it at least one text or picture")
@@ -49,7 +49,7 @@ def interleave(
     patches = grid[0] * grid[1]
     produced: list[Piece] = []
     with evaluating(model):
-        cache, logits = _read_prompt(model, tokenizer, prompt, image, context)
+        cache, logits = _read_prompt(model, tokenizer, prompt, image, writing.max_new_tokens, context)
         text: list[int] = []
         num_written = num_images = 0
         while True:
@@ -81,12 +81,14 @@ def _room(cache: KVCache, context: int) -> int:
     return context - int(cache.lengths[0])
 
 
-def _read_prompt(model: FusionModel, tokenizer: Tokenizer, prompt: Sequence[Piece], image: ImageDataConfig, context: int) -> tuple[KVCache, torch.Tensor]:
+def _read_prompt(
+    model: FusionModel, tokenizer: Tokenizer, prompt: Sequence[Piece], image: ImageDataConfig, max_new_tokens: int, context: int
+) -> tuple[KVCache, torch.Tensor]:
     """A cache of one row that holds the prompt, and the logits [1, V] behind it."""
     grid = grid_of(model, image)
     encoded = [tokenizer.encode(piece) if isinstance(piece, str) else piece for piece in prompt]
     needed = len(opening(tokenizer)) + sum(len(p) if isinstance(p, list) else grid[0] * grid[1] + 2 for p in encoded)
-    check_fits(needed + 1, context, "the prompt")
+    check_fits(needed + max_new_tokens, context, "the prompt with max_new_tokens of text")
     cache = model.new_cache(1, context)
     pending, logits = opening(tokenizer), None
     for piece in encoded:

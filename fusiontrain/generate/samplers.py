@@ -78,10 +78,14 @@ def heun_step(
 STEPS: dict[str, Step] = {"ddpm": ddpm_step, "ddim": ddim_step, "euler": euler_step, "heun": heun_step}
 
 
+def sampler_name(name: str, path: GaussianPath) -> str:
+    """That name, or for `auto` what the path is usually sampled with."""
+    return name if name != "auto" else "ddpm" if isinstance(path, Ddpm) else "euler"
+
+
 def choose_step(name: str, path: GaussianPath) -> Step:
     """The step of that name; `auto` asks the path. Raises UserError for another name."""
-    if name == "auto":
-        name = "ddpm" if isinstance(path, Ddpm) else "euler"
+    name = sampler_name(name, path)
     if name not in STEPS:
         raise UserError(f"sampler {name!r}: must be auto or one of {', '.join(STEPS)}")
     return STEPS[name]

@@ -15,7 +15,7 @@ SETTING = ("model.recipe", "data.image.representation")
 WARMUP = "optimizer.warmup_steps"
 WARMUP_SHARE = 10
 SEED = 0
-"""Of a table that lies in `SCALE/TABLE`."""
+"""Of the ground, and of the trainings of a table that lies in `SCALE/TABLE`."""
 
 
 def key_of(override: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fusiontrain.data.world.make import world_info
 from fusiontrain.studies.child import Progress, find_config, read_metrics, train
 from fusiontrain.studies.ground import Ground
 from fusiontrain.studies.measure import Finished, measure
-from fusiontrain.studies.overrides import fit_warmup, folder_name, refuse_fixed
+from fusiontrain.studies.overrides import SEED, fit_warmup, folder_name, refuse_fixed
 from fusiontrain.studies.report import Made, write_report
 from fusiontrain.studies.study import Scale, Study, Variant, judge_expectations
 from fusiontrain.train.build import rank_problems
@@ -74,8 +74,8 @@ class Work:
         return configs
 
     def _make_ground(self, llama: bool) -> None:
-        """llama: whether a training begins with one; the others need no more than the world and its tokenizer."""
-        ground, done = self.ground, self.ground.folder / "done"
+        """llama: whether a training begins with one; the others need no more than the world and its tokenizer. All seeds of trainings share them."""
+        ground, done = replace(self.ground, seed=SEED), self.ground.folder / "done"
         if not ground.tokenizer.is_file():
             self.say(f"making a demo world of {self.scale.documents:,} documents")
             ground.make_world(self.scale.documents)

@@ -18,6 +18,7 @@ from fusiontrain.generate.codes import code_space, paint_codes, write_document
 from fusiontrain.generate.interleave import Piece, interleave
 from fusiontrain.generate.paint import paint, paint_latents
 from fusiontrain.generate.pictures import load_picture
+from fusiontrain.generate.samplers import sampler_name
 from fusiontrain.generate.speak import speak
 from fusiontrain.generate.stream import Writing
 from fusiontrain.generate.write import write
@@ -70,17 +71,20 @@ class Trained:
         temperature: float | None = None,
         max_new_tokens: int | None = None,
     ) -> Sampling:
-        """What is given, and for the rest what the config says."""
+        """What is given, and for the rest what the config says. The sampler `auto` becomes the one that it stands for."""
         config = self.config.sample
         return Sampling(
             seed=self.config.seed if seed is None else seed,
             steps=config.steps if steps is None else steps,
             guidance=config.guidance if guidance is None else guidance,
-            sampler=config.sampler if sampler is None else sampler,
+            sampler=self._sampler_name(config.sampler if sampler is None else sampler),
             eta=config.ddim_eta if eta is None else eta,
             temperature=config.temperature if temperature is None else temperature,
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
+
+    def _sampler_name(self, name: str) -> str:
+        return name if self.model.image is None else sampler_name(name, self.model.image_objective)
 
     def sample(self, prompt: str, *, steps: int | None = None, guidance: float | None = None, seed: int | None = None) -> Image.Image:
         """A picture of `prompt`. Raises UserError for a model that cannot paint and a prompt that is too long."""

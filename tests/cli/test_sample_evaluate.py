@@ -11,9 +11,8 @@ from PIL import Image
 
 from fusiontrain.cli.main import main
 from fusiontrain.config.load import to_yaml
+from fusiontrain.testing.recipes import make_recipe_world, recipe_config
 from fusiontrain.testing.training import world_config
-
-BRIEF = ["--steps", "2", "--max-new-tokens", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,8 @@ def test_prompts_are_painted(run_dir, tmp_path, capsys) -> None:
     first = np.asarray(Image.open(tmp_path / "000.png"))
     assert first.shape == (32, 32, 3)
 
-    assert (record["sampler"], record["eta"]) == ("auto", 0.0)
+    assert record["sampler"] == "euler", "what ran, not the config's auto"
+    assert not record.keys() & {"eta", "temperature", "max_new_tokens", "max_images"}, "nor what had no part in it"
     checkpoint = str(run_dir / "checkpoints" / "step-00000001")
     again = tmp_path / "again"
     arguments = [checkpoint, "--prompt", "a red circle", "--out", str(again)]
@@ -90,21 +90,34 @@ def test_both_make_one_document_in_the_order_given(run_dir, picture, tmp_path, c
         (["--prompt", "x", "--guidance", "nan"], "--guidance nan"),
         (["--prompt", "x", "--guidance", "inf"], "--guidance inf"),
         (["--prompt", "x" * 300], "data.sequence_length) is 256"),
+        (["--prompt", "x", "--mode", "interleave", "--max-new-tokens", "500"], "max_new_tokens of text: needs 502 tokens"),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "   "], "--prompt is empty"),
+        (["--prompt", "x", "--prompt", " ", "--mode", "interleave"], "--prompt is empty"),
+        (["--prompt", "x", "--eta", "1"], "--eta 1.0 does not apply: the sampler is euler"),
+        (["--prompt", "x", "--eta", "0", "--sampler", "heun"], "--eta 0.0 does not apply: the sampler is heun"),
+        (["--prompt", "x", "--temperature", "1"], "--temperature 1.0 does not apply: --mode paint writes no text"),
+        (["--prompt", "x", "--max-new-tokens", "9"], "--max-new-tokens 9 does not apply: --mode paint writes no text"),
+        (["--prompt", "x", "--max-images", "2"], "--max-images 2 does not apply: only --mode interleave"),
+        (["--prompt", "x", "--mode", "write", "--steps", "3"], "--steps 3 does not apply: --mode write makes no pictures"),
         (["--image", "nowhere.png"], "nowhere.png: no such picture"),
         (["--image", __file__], "not a picture"),
     ],
 )
 def test_mistakes_are_one_sentence(run_dir, tmp_path, capsys, arguments, word) -> None:
     capsys.readouterr()
-    assert main(["sample", str(run_dir), "--out", str(tmp_path), *arguments]) == 2
+    folder = tmp_path / "new" / "out"
+    assert main(["sample", str(run_dir), "--out", str(folder), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and word in err
+    assert not folder.parent.exists(), "there is a folder only when there is something in it"
 
 
 def test_folders_that_cannot_be_are_refused(run_dir, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["sample", str(run_dir), "--prompt", "x", "--out", str(tmp_path / "file")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    for out in ("file", "file/below/it"):
+        assert main(["sample", str(run_dir), "--prompt", "x", "--out", str(tmp_path / out)]) == 2
+        assert "cannot be written" in capsys.readouterr().err
     assert main(["sample", str(tmp_path), "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
     assert "neither a complete checkpoint nor a run" in capsys.readouterr().err
 
@@ -118,12 +131,47 @@ def test_a_language_model_continues_its_prompt_and_asked_to_paint_says_what_it_i
     assert record["mode"] == "write" and [sample["prompt"] for sample in record["samples"]] == ["a red"]
     assert main(["sample", str(tmp_path / "run"), *prompt, *out, "--max-new-tokens", "6"]) == 0
     assert capsys.readouterr().out.startswith("a red" + record["samples"][0]["text"])
+    assert sampled(capsys, str(tmp_path / "run"), "--prompt", "", *out, "--max-new-tokens", "2")["samples"][0]["prompt"] == "", "text from nothing"
+    for option in ("--sampler", "ddim"), ("--guidance", "2"), ("--eta", "0"):
+        assert main(["sample", str(tmp_path / "run"), *prompt, *out, *option]) == 2
+        assert f"{option[0]} " in (error := capsys.readouterr().err) and "--mode write makes no pictures" in error
     for mode, sentence in (("paint", "reads and writes text only"), ("speak", "learnt no speech")):
         assert main(["sample", str(tmp_path / "run"), *prompt, *out, "--mode", mode]) == 2
         assert sentence in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["validation"]) == {"text"} and "scores" not in report
+
+
+@pytest.fixture(scope="module")
+def codes_run(tmp_path_factory) -> Path:
+    """A run of one step of Chameleon on a small demo world in codes, 16 an image."""
+    folder = make_recipe_world(tmp_path_factory.mktemp("codes"))
+    (folder / "config.yaml").write_text(to_yaml(recipe_config(folder, "Chameleon", "run", 2, {"train.steps": 1, "optimizer.warmup_steps": 0})))
+    assert main(["train", str(folder / "config.yaml")]) == 0
+    return folder / "run"
+
+
+def test_a_model_of_codes_takes_what_applies_to_codes(codes_run, tmp_path, capsys) -> None:
+    record = sampled(capsys, str(codes_run), "--prompt", "a red circle", "--temperature", "1", "--seed", "5", "--out", str(tmp_path / "out"))
+    assert record.keys() == {"checkpoint", "mode", "seed", "temperature", "samples"} and len(record["samples"][0]["codes"]) == 16
+    for option in ("--sampler", "euler"), ("--steps", "2"), ("--guidance", "1"), ("--eta", "0"):
+        assert main(["sample", str(codes_run), "--prompt", "a red circle", "--out", str(tmp_path / "no"), *option]) == 2
+        error = capsys.readouterr().err
+        assert f"{option[0]} " in error and "writes its images as codes, without denoising" in error and error.count("\n") == 1
+    arguments = ["sample", str(codes_run), "--prompt", "a", "--mode", "interleave", "--max-new-tokens", "500", "--out", str(tmp_path / "no")]
+    assert main(arguments) == 2
+    assert "max_new_tokens of text: needs 502 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_evaluate_says_why_codes_have_no_scores(codes_run, capsys) -> None:
+    assert main(["evaluate", str(codes_run), "evaluate.batches=1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "scores" not in json.loads(out)
+    assert err.splitlines()[-1].startswith("no scores of the judge: ") and "codes" in err
+    assert main(["evaluate", str(codes_run), "evaluate.batches=1", "--judge", "0", "--json"]) == 0
+    assert "judge" not in capsys.readouterr().err
 
 
 def test_evaluate_reports_losses_and_scores(run_dir, capsys) -> None:
@@ -161,7 +209,7 @@ def test_an_exported_folder_serves_like_its_run(run_dir, tmp_path, capsys) -> No
     pictures = []
     for source in (str(run_dir), out):
         folder = tmp_path / Path(source).name
-        sampled(capsys, source, "--prompt", "a red circle", "--out", str(folder / "samples"), *BRIEF)
+        sampled(capsys, source, "--prompt", "a red circle", "--out", str(folder / "samples"), "--steps", "2")
         pictures.append(np.asarray(Image.open(folder / "samples" / "000.png")))
     assert np.array_equal(*pictures)
     reports = []

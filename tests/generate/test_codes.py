@@ -92,9 +92,26 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 def test_an_image_that_does_not_fit_is_not_begun():
     reader = Reader(lively_model(config_of()), eager)
-    pieces = write_document(reader, TOKENIZER, ["hi"], codes=SPACE, writing=Writing(30), max_images=9, context=3 + 2 * (PER_IMAGE + 2) + 4)
+    pieces = write_document(reader, TOKENIZER, ["hi"], codes=SPACE, writing=Writing(20), max_images=9, context=3 + 2 * (PER_IMAGE + 2) + 4)
     assert sum(not isinstance(piece, str) for piece in pieces) <= 2
     assert [token for token, _ in reader.read].count(BOI) == [token for token, _ in reader.read].count(EOI)
+
+
+def test_a_document_has_room_for_the_text_that_is_asked_for():
+    model, settings = lively_model(config_of()), {"codes": SPACE, "max_images": 0, "context": 23}
+    assert write_document(model, TOKENIZER, ["hi"], writing=Writing(20), **settings)
+    with pytest.raises(UserError, match="the prompt with max_new_tokens of text: needs 24 tokens"):
+        write_document(model, TOKENIZER, ["hi"], writing=Writing(21), **settings)
+
+
+def test_places_kept_for_an_image_go_to_text_when_none_comes():
+    def letters(logits, read):
+        bent = torch.zeros_like(logits)
+        bent[..., 65] = 1
+        return bent
+
+    reader = Reader(lively_model(config_of()), letters)
+    assert write_document(reader, TOKENIZER, ["hi"], codes=SPACE, writing=Writing(20), max_images=1, context=23) == ["A" * 20]
 
 
 def test_an_image_in_the_prompt_is_read_as_codes_and_a_wrong_one_is_refused():

@@ -100,7 +100,7 @@ def test_the_same_words_and_picture_as_with_the_real_model(model) -> None:
         ([BOI], {"max_images": 9, "context": 21}, 2),  # no place for a token after it
         ([BOI], {"max_images": 9, "context": 22}, 3),
         ([A], {"writing": Writing(5)}, 0),
-        ([A], {"writing": Writing(500), "context": 30}, 0),
+        ([A], {"writing": Writing(27), "context": 30}, 0),
         ([A, A, BOI, A], {"writing": Writing(4)}, 1),
     ],
 )
@@ -119,10 +119,13 @@ def test_limits_hold(model, script, settings, expected) -> None:
 def test_places_kept_for_a_picture_go_to_text_when_none_comes(model) -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     scripted = ScriptedModel(model, [list(letters.encode())])
-    assert continued(scripted, ["hi"], writing=Writing(500), context=25) == [letters[:22]], "one text, to the end of the context, nothing twice"
+    assert continued(scripted, ["hi"], writing=Writing(22), context=25) == [letters[:22]], "one text, to the end of the context, nothing twice"
 
 
-@pytest.mark.parametrize(("prompt", "word"), [([], "needs a prompt"), (["x" * 64], "the prompt: needs 66 tokens"), ([PICTURE] * 11, "needs 68 tokens")])
+TOO_LONG = "the prompt with max_new_tokens of text: needs"
+
+
+@pytest.mark.parametrize(("prompt", "word"), [([], "needs a prompt"), (["x" * 56], f"{TOO_LONG} 65 tokens"), ([PICTURE] * 11, f"{TOO_LONG} 75 tokens")])
 def test_mistakes_are_one_sentence(model, prompt, word) -> None:
     with pytest.raises(UserError, match=word):
         continued(model, prompt)

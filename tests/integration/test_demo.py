@@ -72,8 +72,10 @@ def test_a_trained_model_can_be_sampled_evaluated_and_verified(demo):
     assert {"text", "image"} == set(report["validation"])
     assert "color_accuracy" in report["scores"]
     picture = str(demo / "out" / "pictures" / "000.png")
-    for arguments in (["--prompt", "a large red circle at the top left."], ["--image", picture], ["--prompt", "look:", "--image", picture]):
-        result = fusiontrain("sample", run, *arguments, "--out", "sampled", "--steps", "2", "--json", cwd=demo)
+    steps = ["--steps", "2"]
+    paint, interleave = ["--prompt", "a large red circle at the top left.", *steps], ["--prompt", "look:", "--image", picture, *steps]
+    for arguments in (paint, ["--image", picture], interleave):
+        result = fusiontrain("sample", run, *arguments, "--out", "sampled", "--json", cwd=demo)
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout)["samples"]
     result = fusiontrain("checkpoint", "verify", run, cwd=demo)

@@ -113,25 +113,26 @@ def test_samples(recipe: str, trained: Run, tmp_path: Path, capsys) -> None:
 
     def sampled(*arguments: str) -> list[dict[str, Any]]:
         capsys.readouterr()
-        assert main(["sample", trained.config.run.dir, *arguments, "--out", str(tmp_path), "--max-new-tokens", "8", "--steps", "2", "--json"]) == 0
+        assert main(["sample", trained.config.run.dir, *arguments, "--out", str(tmp_path), "--json"]) == 0
         return json.loads(capsys.readouterr().out)["samples"]
 
+    brief = ("--max-new-tokens", "8")
     if uses_images(trained.config):
-        (sample,) = sampled("--prompt", "a red circle.", "--guidance", "1")
+        (sample,) = sampled("--prompt", "a red circle.", "--guidance", "1", "--steps", "2")
         picture = np.asarray(Image.open(tmp_path / sample["file"]))
         assert picture.shape == (SIDE, SIDE, 3) and picture.std() > 0
-        (caption,) = sampled("--image", str(tmp_path / sample["file"]))
+        (caption,) = sampled("--image", str(tmp_path / sample["file"]), *brief)
         assert isinstance(caption["text"], str)
     elif "image" in trained.config.data.modalities:
         (sample,) = sampled("--prompt", "a red circle.", "--temperature", "1")
         assert len(sample["codes"]) == (SIDE // PATCH) ** 2 and all(0 <= code < NUM_CODES for code in sample["codes"]) and len(set(sample["codes"])) > 1
-        (document,) = sampled("--prompt", "a red circle.", "--mode", "interleave")
+        (document,) = sampled("--prompt", "a red circle.", "--mode", "interleave", *brief)
         assert all(isinstance(piece.get("text"), str) or len(piece["codes"]) == (SIDE // PATCH) ** 2 for piece in document["pieces"])
         if "speech" in trained.config.data.modalities:
-            (sample,) = sampled("--prompt", "a red circle.", "--mode", "speak", "--temperature", "1")
+            (sample,) = sampled("--prompt", "a red circle.", "--mode", "speak", "--temperature", "1", *brief)
             assert sample["units"] and all(0 <= unit < NUM_UNITS for unit in sample["units"])
     else:
-        (sample,) = sampled("--prompt", "a red", "--temperature", "1")
+        (sample,) = sampled("--prompt", "a red", "--temperature", "1", *brief)
         assert sample["prompt"] == "a red" and isinstance(sample["text"], str)
 
 

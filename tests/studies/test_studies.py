@@ -127,7 +127,8 @@ def test_two_steps_with_pictures_as_codes_and_no_llama(tmp_path):
     study = dataclasses.replace(STUDIES["mot-chameleon"], variants=STUDIES["mot-chameleon"].variants[-1:])
     said: list[str] = []
     short = dataclasses.replace(TINIEST, overrides=(*TINIEST.overrides, "train.steps=2", "evaluate.every_steps=2"))
-    report = Work(study, short, (), tmp_path, 1, 0, said.append, lambda *_: None).run()
+    report = Work(study, short, (), tmp_path, 1, 7, said.append, lambda *_: None).run()
+    assert report["made"]["seed"] == 7 and report["made"]["world"]["seed"] == 0, "all seeds are trained on one world"
     assert said == ["making a demo world of 200 documents", "mot: training", "measuring"]
     assert sorted(path.name for path in (tmp_path / "tiniest" / "ground-codes").iterdir()) == ["tokenizer.json", "world"]
     values = report["values"]["mot"]
