@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from fusiontrain.parallel.mesh import Ranks
 
 WAIT_SECONDS = 300
-SPEECH_TOKENS = ("<|speech|>", "<|/speech|>")
 READY = "ready"
 """Written last: the folder is whole."""
 
@@ -36,7 +35,7 @@ def prepare(config: Config, ranks: Ranks) -> None:
 def _make(folder: Path, demo: DemoConfig) -> None:
     from fusiontrain.config.schema import Config
     from fusiontrain.data.world.make import make_world
-    from fusiontrain.data.world.tokenizer import VOCAB_SIZE, write_tokenizer
+    from fusiontrain.data.world.tokenizer import SPEECH_TOKENS, VOCAB_SIZE, write_tokenizer
     from fusiontrain.models.build import build_model
     from fusiontrain.models.llama_weights import export_llama
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusiontrain.data.world.make import make_world
-from fusiontrain.data.world.tokenizer import write_tokenizer
+from fusiontrain.data.world.tokenizer import SPEECH_TOKENS, write_tokenizer
 from fusiontrain.models.llama_weights import export_llama
 from fusiontrain.studies.child import Progress, find_config, train
 from fusiontrain.train.inference import load_for_inference
@@ -16,7 +16,7 @@ from fusiontrain.train.inference import load_for_inference
 @dataclass(frozen=True)
 class Ground:
     """A folder with `world/`, `tokenizer.json` and `llama/`, the last made from the training in `llama_run/`. codes: the world holds its pictures as codes
-    too."""
+    too, and speech."""
 
     folder: Path
     seed: int
@@ -43,7 +43,7 @@ class Ground:
         """Write the world and train its tokenizer, whose file appears last and whole: where it is, so is the world."""
         make_world(self.world, documents, self.seed, tokens=self.codes)
         partial = self.tokenizer.with_suffix(".partial")
-        write_tokenizer(self.world / "train", partial)
+        write_tokenizer(self.world / "train", partial, SPEECH_TOKENS if self.codes else ())
         partial.replace(self.tokenizer)
 
     def pretrain(self, overrides: Sequence[str], processes: int, progress: Progress) -> None:

@@ -43,6 +43,7 @@ def measure(column: str, finished: Finished, baseline: Finished | None) -> float
 
     `validation/text`, `validation/image`   at the end                 `loss/text`, `loss/image`    mean over the last tenth of the steps
     `slope/text`, `slope/image`             see `step_matching.py`     `reached/text`, `reached/image`   share of the baseline's losses matched
+    and the same of `speech`
     `step time`                             median seconds of a step over the baseline's
     `text drift`                            see `text_drift.py`        `color`, `shape`, `place`, `caption`   shares right, by the world's judge
     """

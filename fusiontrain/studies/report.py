@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fusiontrain.modality import MODALITY_NAMES
 from fusiontrain.studies.measure import Finished
 from fusiontrain.studies.step_matching import FIT, match_steps, smooth
 from fusiontrain.studies.study import Scale, Study, Values
@@ -90,7 +91,7 @@ def draw_curves(path: Path, study: Study, finished: Mapping[str, Finished]) -> N
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("curves need matplotlib: pip install 'fusiontrain[plots]'") from error
-    keys = ["loss/text", "loss/image"]
+    keys = [f"loss/{name}" for name in MODALITY_NAMES if any(run.curve(f"loss/{name}") for run in finished.values())]
     baseline = finished.get(study.baseline or "")
     figure = Figure(figsize=(6 * len(keys), 4.5 * (1 + (baseline is not None))), layout="constrained")
     axes = figure.subplots(1 + (baseline is not None), len(keys), squeeze=False)

@@ -92,7 +92,7 @@ class Work:
     def _places(self) -> tuple[str, ...]:
         """Overrides that name the ground's files and the seed."""
         ground = self.ground
-        return (*ground.sources("pictures"), f"model.base={ground.llama}", f"data.tokenizer.path={ground.tokenizer}")
+        return (*ground.sources(self.study.series), f"model.base={ground.llama}", f"data.tokenizer.path={ground.tokenizer}")
 
     def _train(self, variant: Variant, config: Config) -> Finished:
         text = to_yaml(config).replace(str(self.ground.folder), "")  # wherever that lies, it is the same

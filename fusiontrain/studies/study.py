@@ -28,8 +28,8 @@ class Expectation:
 @dataclass(frozen=True)
 class Study:
     """name: on the command line. source: paper and table. columns: what is measured, see `measure.py`. published: the paper's own figures by variant,
-    where it has them, and under `published_columns` what they are. baseline: the variant whose steps the slopes are shares of. codes: pictures are read as
-    codes, which the ground's world then holds."""
+    where it has them, and under `published_columns` what they are. baseline: the variant whose steps the slopes are shares of. series: shards of the
+    world that are read, `*` for all. codes: pictures are read as codes, and speech as units, which the ground's world then holds."""
 
     name: str
     title: str
@@ -41,6 +41,7 @@ class Study:
     published: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     common: tuple[str, ...] = ()
     baseline: str | None = None
+    series: str = "pictures"
     codes: bool = False
 
 

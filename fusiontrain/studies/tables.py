@@ -209,7 +209,48 @@ CHAMELEON = Study(
     ),
 )
 
-STUDIES = {study.name: study for study in (LMFUSION, MASK, PATCH, PATCHER, NOISE_CAP, MOT, CHAMELEON)}
+MERGED = {"dense": "", "mot": "", "text + speech": "[text,speech]", "image + speech": "[image,speech]", "text + image": "[text,image]"}
+
+
+def _slope(values: Values, name: str, modality: str) -> float:
+    return _number(values, name, f"slope/{modality}")
+
+
+THREE = Study(
+    name="mot-modalities",
+    title="Mixture-of-Transformers with three modalities, and which may share their weights",
+    source="Mixture-of-Transformers (arXiv 2411.04996), sections 3.3 and 3.5 (443M, leave-one-modality-out)",
+    common=(
+        *CHAMELEON.common, "model.vocab_size=604", "data.modalities=[text,image,speech]", "data.speech.num_units=28",
+        "data.tokenizer.begin_speech_token=<|speech|>", "data.tokenizer.end_speech_token=<|/speech|>",
+    ),
+    series="*",
+    codes=True,
+    variants=tuple(
+        Variant(name, (f"model.untied={'[]' if name == 'dense' else '[ffn,qkv,o,norms]'}", f"model.merged={merged or '[]'}")) for name, merged in MERGED.items()
+    ),
+    baseline="dense",
+    columns=tuple(f"{kind}/{name}" for kind in ("slope", "validation") for name in ("text", "image", "speech")),
+    published_columns=("slope, text", "slope, image", "slope, speech"),
+    published={
+        "mot": (".557", ".262", ".151"), "text + speech": (".684", ".272", ".653"), "image + speech": (".548", ".321", ".304"),
+        "text + image": (".875", ".892", ".147"),
+    },
+    expectations=(
+        GAINS[0],
+        Expectation("speech gains most and text least", lambda v: _slope(v, "mot", "speech") < _slope(v, "mot", "image") < _slope(v, "mot", "text")),
+        Expectation(
+            "images lose most where they share with text",
+            lambda v: _slope(v, "text + image", "image") > max(_slope(v, name, "image") for name in ("mot", "text + speech", "image + speech")),
+        ),
+        Expectation(
+            "speech loses most where it shares with text",
+            lambda v: _slope(v, "text + speech", "speech") > max(_slope(v, name, "speech") for name in ("mot", "image + speech", "text + image")),
+        ),
+    ),
+)  # fmt: skip
+
+STUDIES = {study.name: study for study in (LMFUSION, MASK, PATCH, PATCHER, NOISE_CAP, MOT, CHAMELEON, THREE)}
 
 EVERY = ("checkpoint.keep_last=1", "evaluate.batches=4", "train.log_every_steps=50")
 SCALES = {

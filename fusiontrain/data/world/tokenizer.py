@@ -12,6 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from fusiontrain.config.schema import TokenizerConfig
 
 VOCAB_SIZE = 512
+SPEECH_TOKENS = ("<|speech|>", "<|/speech|>")
+"""What opens and closes speech in worlds that have any."""
 
 
 def world_texts(folder: Path) -> Iterator[str]:
