@@ -164,7 +164,7 @@ def is_plain_llama(shape: ModelShape) -> bool:
 def llama_names(model: FusionModel) -> dict[str, str]:
     """The text side of a model: names of a Llama's tensors -> names of parameters. Raises UserError for a text side that no Llama has."""
     if not is_plain_llama(model.shape):
-        raise UserError("this model norms behind its sublayers or its queries and keys, as no Llama does: it cannot be written as one")
+        raise UserError("this model norms behind its sublayers or its queries and keys, as no Llama does: export it with --format fusiontrain")
     names = {"model.embed_tokens.weight": "text.embedding.weight"}
     for i in range(len(model.blocks)):
         for llama_part, part in BLOCK_PARTS.items():

@@ -29,7 +29,7 @@ from fusiontrain.train.checkpoint import (
     read_manifest,
     resume_candidates,
 )
-from fusiontrain.train.identity import model_identity, require_same_model
+from fusiontrain.train.identity import model_identity, other_objective_of_base, require_same_model
 from fusiontrain.train.metrics import MetricsWriter
 from fusiontrain.train.optim import build_optimizer, embedding_names
 from fusiontrain.train.progress import Progress
@@ -103,6 +103,8 @@ def build_trainer(config: Config, ranks: Ranks, reporter: Reporter, stop: StopRe
         tensors[ema.GROUP] = ema.average_weights(optimizer, parameters, config.train.ema_decay)
     identity = on_main(lambda: model_identity(config, tensors["model"]) | ema.note(config.train))
     state, news = resume(config, ranks, tensors, identity, loader.fields)
+    if state.step == 0 and (sentence := other_objective_of_base(config)) is not None:
+        news.append(sentence)
     if zero is not None:
         zero.loaded()
     for sentence in news:

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 
+from fusiontrain.config.load import load
 from fusiontrain.config.schema import Config
+from fusiontrain.config.validate import uses_images
+from fusiontrain.models.base import is_exported
+from fusiontrain.train.checkpoint.manifest import CONFIG
 from fusiontrain.utils.errors import UserError
 
 PREDICTION_KEYS = ("image", "prediction", "num_timesteps")
@@ -59,6 +63,19 @@ def require_same_model(saved: Mapping[str, Any], current: Mapping[str, Any], che
             f"{checkpoint}: is a checkpoint of another model: {difference}: give the config it was trained with, "
             "or start anew with another run.dir"
         )
+
+
+def other_objective_of_base(config: Config) -> str | None:
+    """A sentence where `model.base` is an exported model that learnt to predict something else of images than this run asks for; it may go on from there."""
+    base = config.model.base
+    if base is None or not uses_images(config) or not is_exported(base) or not (Path(base) / CONFIG).is_file():
+        return None
+    there, here = load(Path(base) / CONFIG), config
+    found = [key for key in PREDICTION_KEYS if getattr(there.objective, key) != getattr(here.objective, key)]
+    if not found or not uses_images(there):
+        return None
+    was, now = (", ".join(f"objective.{key}={getattr(each.objective, key)}" for key in found) for each in (there, here))
+    return f"model.base={base} learnt with {was}; with {now} its image side has to learn anew what it predicts"
 
 
 def first_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:

@@ -107,7 +107,7 @@ def test_what_a_base_has_no_tokens_for_is_one_sentence(tmp_path):
 
 def test_a_chameleon_is_no_llama(tmp_path):
     for overrides in ({"model.norm_position": "post"}, {"model.qk_norm": "layer"}):
-        with pytest.raises(UserError, match="cannot be written as one"):
+        with pytest.raises(UserError, match="export it with --format fusiontrain"):
             export_llama(build_model(chameleon_config(**overrides)), str(tmp_path))
 
 

@@ -30,7 +30,7 @@ from fusiontrain.train.checkpoint import (
 )
 from fusiontrain.train.checkpoint import manifest as manifest_module
 from fusiontrain.train.checkpoint import save as save_module
-from fusiontrain.train.identity import first_difference, folder_identity
+from fusiontrain.train.identity import first_difference, folder_identity, other_objective_of_base
 from fusiontrain.train.retention import Retention
 from fusiontrain.train.state import TrainState
 from fusiontrain.utils.errors import UserError
@@ -247,6 +247,19 @@ def test_the_first_difference_of_two_models(tmp_path: Path) -> None:
     assert "its base was /a, and /b has other weights" in str(changed(folders={"base": {"path": "/b", "sha256": "2"}}))
     assert changed(tensors={"a": [1], "b": [3]}) == "b is [2] there and [3] here"
     assert changed(tensors={"a": [1]}) == "b is [2] there and absent here"
+
+
+def test_a_base_that_learnt_to_predict_something_else_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "fusiontrain"}')
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny_config({"objective.image": "ddpm"})))
+
+    def said(**objective: str) -> str | None:
+        shape = dict.fromkeys(("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"))
+        return other_objective_of_base(tiny_config({"model": {"recipe": "transfusion", "base": str(tmp_path), **shape}, "objective": objective}))
+
+    assert said(image="ddpm") is None
+    assert "learnt with objective.image=ddpm; with objective.image=flow_matching" in str(said(image="flow_matching"))
+    assert "objective.prediction=eps; with objective.prediction=v" in str(said(image="ddpm", prediction="v"))
 
 
 def test_a_folder_is_known_by_its_content(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_what_ranks_saved_in_shards_is_exported_whole(tmp_path, recipe):
     source = open_source(tmp_path / "run")
     export_model(source, tmp_path / "out", "fusiontrain", max_shard_bytes=20_000)
     if recipe == "mot":
-        with pytest.raises(UserError, match="as no Llama does: it cannot be written as one"):
+        with pytest.raises(UserError, match="as no Llama does: export it with --format fusiontrain"):
             export_model(source, tmp_path / "text", "huggingface")
     shutil.rmtree(base), shutil.rmtree(tmp_path / "run")
     loaded = fusiontrain.load(tmp_path / "out")
