@@ -148,6 +148,16 @@ def test_a_caption_is_the_most_likely_text_of_a_forward_over_the_whole_document(
         caption_codes(model, TOKENIZER, [np.arange(4)], codes=SPACE, writing=Writing(5))
 
 
+def test_a_caption_ends_where_the_model_begins_another_image():
+    def two_letters(logits, read):
+        bent = torch.zeros_like(logits)
+        bent[..., BOI if len(read) > len((BOS, BOI, EOI)) + PER_IMAGE + 1 else 65] = 1
+        return bent
+
+    reader = Reader(lively_model(config_of()), two_letters)
+    assert caption_codes(reader, TOKENIZER, [np.arange(PER_IMAGE)], codes=SPACE, writing=Writing(5)) == ["AA"]
+
+
 @pytest.mark.parametrize(
     ("array", "sentence"),
     [
