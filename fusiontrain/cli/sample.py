@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("sample", help="paint, caption or interleave with a trained model", description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint, an exported folder, or a run folder (its newest checkpoint)")
     parser.add_argument("--prompt", action=_InOrder, metavar="TEXT", help="text; may be repeated; empty only where text is written from nothing")
-    parser.add_argument("--image", action=_InOrder, metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--image", action=_InOrder, metavar="FILE", help="a picture or, for a model of codes, its .vq.npy; may be repeated")
     parser.add_argument("--out", required=True, metavar="DIR", help=f"gets the pictures, {SHEET} and {RECORD}")
     parser.add_argument(
         "--mode",
@@ -66,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
     from fusiontrain.generate.pictures import load_picture
     from fusiontrain.train.inference import load_for_inference
 
-    pieces = [value if kind == "prompt" else load_picture(value) for kind, value in args.pieces]
+    pieces = [value if kind == "prompt" or _is_codes(value) else load_picture(value) for kind, value in args.pieces]
     trained = load_for_inference(args.checkpoint, args.ema)
+    pieces = [piece if kind == "prompt" else _as_the_model_reads(value, piece, trained) for (kind, value), piece in zip(args.pieces, pieces, strict=True)]
     if mode == "paint" and args.mode == "auto" and not trained.has_images:
         mode = "write"
     if args.latents is not None and mode != "paint":
@@ -97,6 +98,22 @@ def _mode(args: argparse.Namespace) -> str:
     return mode
 
 
+def _is_codes(path: str) -> bool:
+    from fusiontrain.data.formats.pieces import CODES_SUFFIX
+
+    return path.endswith(f".{CODES_SUFFIX}")
+
+
+def _as_the_model_reads(path: str, picture: Any, trained: Trained) -> np.ndarray:
+    """The picture, or the codes [n] int64 of a file of codes. Raises UserError for one that the model does not read."""
+    from fusiontrain.generate.codes import load_codes
+
+    if _is_codes(path) != trained.writes_codes:
+        reads = "images as codes, which nothing here makes of a picture: give its .vq.npy" if trained.writes_codes else "no codes: give a picture"
+        raise UserError(f"sample: --image {path}: this model reads {reads}")
+    return load_codes(path, trained.config.data.image) if trained.writes_codes else picture
+
+
 Result = tuple[list[dict[str, Any]], list["np.ndarray"], list[str]]
 """Records of the samples, the new pictures or latents that their "file" entries name, and what the contact sheet says under each."""
 
@@ -124,15 +141,15 @@ def _speak(args: argparse.Namespace, trained: Trained, prompts: Sequence[str]) -
 
 
 def _caption(args: argparse.Namespace, trained: Trained, pictures: Sequence[np.ndarray]) -> Result:
-    texts = trained.captions(pictures, sampling_of(args, trained))
+    tell = trained.caption_codes if trained.writes_codes else trained.captions
+    texts = tell(pictures, sampling_of(args, trained))
     sources = [value for _, value in args.pieces]
-    return [{"image": source, "text": text} for source, text in zip(sources, texts, strict=True)], list(pictures), texts
+    records = [{"image": source, "text": text} for source, text in zip(sources, texts, strict=True)]
+    return (records, [], []) if trained.writes_codes else (records, list(pictures), texts)
 
 
 def _interleave(args: argparse.Namespace, trained: Trained, prompt: Sequence[Any]) -> Result:
     if trained.writes_codes:
-        if any(kind == "image" for kind, _ in args.pieces):
-            raise UserError("sample: this model reads codes, which nothing here makes of a picture: give --prompt alone")
         written = trained.write_document(prompt, sampling_of(args, trained), max_images_of(args))
         found = [{"text": piece} if isinstance(piece, str) else {"codes": piece} for piece in written]
         return [{"prompt": [{kind: value} for kind, value in args.pieces], "pieces": found}], [], []

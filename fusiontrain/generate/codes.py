@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from fusiontrain.config.schema import Config
+from fusiontrain.config.schema import Config, ImageDataConfig
+from fusiontrain.data.errors import BadSample
+from fusiontrain.data.formats.pieces import CODES_SUFFIX
+from fusiontrain.data.modalities.image import decode_codes
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.stream import Writing, check_fits, choose, evaluating, opening, read_tokens, write_text
 from fusiontrain.modality import IMAGE
@@ -41,6 +45,16 @@ def code_space(config: Config, tokenizer: Tokenizer) -> CodeSpace:
     return CodeSpace(tuple(tokenizer.image_ids(np.arange(image.codebook_size)).tolist()), (image.size // image.patch_size) ** 2)
 
 
+def load_codes(path: str, image: ImageDataConfig) -> np.ndarray:
+    """A `.vq.npy` file [h, w] -> its codes [h * w] int64. Raises UserError when it is missing, no such array, or not of the model's codebook."""
+    try:
+        return decode_codes(CODES_SUFFIX, Path(path).read_bytes(), image)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except BadSample as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def write_codes(
     model: FusionModel, cache: KVCache, logits: torch.Tensor, codes: CodeSpace, writing: Writing, row_numbers: Sequence[int], first_place: int = 0
 ) -> torch.Tensor:
@@ -62,6 +76,26 @@ def paint_codes(
     with evaluating(model):
         cache = model.new_cache(len(rows), max(map(len, rows)) + codes.per_image)
         return write_codes(model, cache, read_tokens(model, cache, rows), codes, writing, range(len(rows)))
+
+
+def caption_codes(
+    model: FusionModel, tokenizer: Tokenizer, images: Sequence[np.ndarray], *, codes: CodeSpace, writing: Writing, context: int | None = None
+) -> list[str]:
+    """One text per image ([n] int64), as a document that begins with it and goes on until EOS, BOI or the budget.
+
+    Raises UserError for images of another number of codes, and when an image and the budget do not fit the context.
+    """
+    for image in images:
+        _check_codes(image, codes)
+    before = [*opening(tokenizer), tokenizer.begin_image_id]
+    length = len(before) + codes.per_image + 1 + writing.max_new_tokens
+    check_fits(length, context, "a picture and max_new_tokens of caption")
+    with evaluating(model):
+        cache = model.new_cache(len(images), length)
+        logits = _read_codes(model, tokenizer, cache, [before] * len(images), images, codes)
+        stop_ids = (tokenizer.end_text_id, tokenizer.begin_image_id)
+        written = write_text(model, tokenizer, cache, logits, writing, stop_ids=stop_ids, row_numbers=range(len(images)))
+    return [tokenizer.decode(row).strip() for row in written.tokens]
 
 
 def write_document(
@@ -112,16 +146,15 @@ def _read_prompt(
     """Logits [1, V] behind a prompt, which the cache of one row then holds."""
     encoded = [tokenizer.encode(piece) if isinstance(piece, str) else piece for piece in prompt]
     for piece in encoded:
-        if isinstance(piece, np.ndarray) and (piece.shape != (codes.per_image,) or piece.min() < 0 or piece.max() >= len(codes.ids)):
-            raise UserError(f"an image of a prompt must be {codes.per_image} codes from 0 to {len(codes.ids) - 1}, not {piece.dtype} {list(piece.shape)}")
+        if isinstance(piece, np.ndarray):
+            _check_codes(piece, codes)
     pending, logits = opening(tokenizer), None
     needed = len(pending) + sum(len(piece) + 2 * isinstance(piece, np.ndarray) for piece in encoded)
     check_fits(needed + max_new_tokens, context, "the prompt with max_new_tokens of text")
     for piece in encoded:
         if isinstance(piece, np.ndarray):
-            read_tokens(model, cache, [[*pending, tokenizer.begin_image_id]])
-            read_tokens(model, cache, [[codes.ids[code] for code in piece]], modality=IMAGE.id)
-            pending = [tokenizer.end_image_id]
+            logits = _read_codes(model, tokenizer, cache, [[*pending, tokenizer.begin_image_id]], [piece], codes)
+            pending = []
         else:
             pending = [*pending, *piece]
     if pending:
@@ -129,3 +162,17 @@ def _read_prompt(
     if logits is None:
         raise UserError("a document needs a prompt: give it at least one text or picture")
     return logits
+
+
+def _check_codes(image: np.ndarray, codes: CodeSpace) -> None:
+    if image.shape != (codes.per_image,) or image.min() < 0 or image.max() >= len(codes.ids):
+        raise UserError(f"an image of a prompt must be {codes.per_image} codes from 0 to {len(codes.ids) - 1}, not {image.dtype} {list(image.shape)}")
+
+
+def _read_codes(
+    model: FusionModel, tokenizer: Tokenizer, cache: KVCache, before: Sequence[Sequence[int]], images: Sequence[np.ndarray], codes: CodeSpace
+) -> torch.Tensor:
+    """Append rows of tokens that end in BOI, the codes of an image behind each, and EOI -> logits behind EOI, [B, V] float32."""
+    read_tokens(model, cache, before)
+    read_tokens(model, cache, [[codes.ids[code] for code in image] for image in images], modality=IMAGE.id)
+    return read_tokens(model, cache, [[tokenizer.end_image_id]] * len(images))

@@ -27,7 +27,7 @@ SHEET_LINES = 4
 def grid_of(model: FusionModel, image: ImageDataConfig) -> Grid:
     """(rows, columns) of this model's pictures in patches. Raises UserError for a model that has none or cannot show them."""
     if model.image is None and image.representation == "codes":
-        raise UserError("data.image.representation=codes: nothing here makes codes of a picture, or a picture of codes: give text prompts alone")
+        raise UserError("data.image.representation=codes: nothing here makes codes of a picture, or a picture of codes: give text prompts, or codes")
     if model.image is None:
         raise UserError("this model reads and writes text only: painting and captioning need one trained with data.modalities=[text,image]")
     if image.representation == "latents":

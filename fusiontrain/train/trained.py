@@ -14,7 +14,7 @@ from fusiontrain.config.schema import Config
 from fusiontrain.data.modalities.decoders import to_rgb
 from fusiontrain.data.tokenizer import Tokenizer
 from fusiontrain.generate.caption import caption
-from fusiontrain.generate.codes import code_space, paint_codes, write_document
+from fusiontrain.generate.codes import caption_codes, code_space, paint_codes, write_document
 from fusiontrain.generate.interleave import Piece, interleave
 from fusiontrain.generate.paint import paint, paint_latents
 from fusiontrain.generate.pictures import load_picture
@@ -144,8 +144,13 @@ class Trained:
         codes, context = code_space(self.config, self.tokenizer), self.config.data.sequence_length
         return paint_codes(self.model, self.tokenizer, prompts, codes=codes, writing=sampling.writing, context=context).tolist()
 
-    def write_document(self, prompt: Sequence[str], sampling: Sampling, max_images: int) -> list[str | list[int]]:
-        """The document that begins with the texts of `prompt`, continued: its new texts and the codes of its new images."""
+    def caption_codes(self, images: Sequence[np.ndarray], sampling: Sampling) -> list[str]:
+        """A text for each image, given as its codes [n] in raster order. Raises UserError for a model of patches."""
+        codes, context = code_space(self.config, self.tokenizer), self.config.data.sequence_length
+        return caption_codes(self.model, self.tokenizer, images, codes=codes, writing=sampling.writing, context=context)
+
+    def write_document(self, prompt: Sequence[str | np.ndarray], sampling: Sampling, max_images: int) -> list[str | list[int]]:
+        """The document that begins with the texts and codes of `prompt`, continued: its new texts and the codes of its new images."""
         codes, context = code_space(self.config, self.tokenizer), self.config.data.sequence_length
         pieces = write_document(
             self.model, self.tokenizer, prompt, codes=codes, writing=sampling.writing, max_images=max_images, context=context

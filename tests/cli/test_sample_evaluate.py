@@ -165,6 +165,27 @@ def test_a_model_of_codes_takes_what_applies_to_codes(codes_run, tmp_path, capsy
     assert not (tmp_path / "no").exists()
 
 
+def test_codes_are_captioned_and_continued(codes_run, run_dir, picture, tmp_path, capsys) -> None:
+    path, out = str(tmp_path / "x.vq.npy"), ["--out", str(tmp_path / "out")]
+    np.save(path, np.arange(16).reshape(4, 4))
+    record = sampled(capsys, str(codes_run), "--image", path, "--max-new-tokens", "4", *out)
+    assert record["mode"] == "caption" and [sample["image"] for sample in record["samples"]] == [path] and isinstance(record["samples"][0]["text"], str)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["samples.json"]
+    record = sampled(capsys, str(codes_run), "--prompt", "look:", "--image", path, "--max-new-tokens", "4", "--max-images", "1", *out)
+    assert record["mode"] == "interleave" and record["samples"][0]["prompt"] == [{"prompt": "look:"}, {"image": path}]
+    np.save(tmp_path / "large.vq.npy", np.zeros((5, 5), np.int64))
+    for model, file, sentence in (
+        (codes_run, picture, "reads images as codes, which nothing here makes of a picture: give its .vq.npy"),
+        (run_dir, path, "this model reads no codes: give a picture"),
+        (codes_run, str(tmp_path / "large.vq.npy"), "must be 16 codes"),
+        (codes_run, str(tmp_path / "none.vq.npy"), "cannot be read (No such file or directory)"),
+    ):
+        assert main(["sample", str(model), "--image", file, "--out", str(tmp_path / "no")]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+    assert not (tmp_path / "no").exists()
+
+
 def test_evaluate_says_why_codes_have_no_scores(codes_run, capsys) -> None:
     assert main(["evaluate", str(codes_run), "evaluate.batches=1", "--json"]) == 0
     out, err = capsys.readouterr()

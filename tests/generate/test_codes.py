@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusiontrain.generate.caption import caption
-from fusiontrain.generate.codes import CodeSpace, code_space, paint_codes, write_document
+from fusiontrain.generate.codes import CodeSpace, caption_codes, code_space, load_codes, paint_codes, write_document
 from fusiontrain.generate.paint import paint
 from fusiontrain.generate.stream import Writing
 from fusiontrain.modality import IMAGE
@@ -123,6 +123,60 @@ def test_an_image_in_the_prompt_is_read_as_codes_and_a_wrong_one_is_refused():
     for wrong in (np.arange(PER_IMAGE - 1), np.full(PER_IMAGE, CODEBOOK)):
         with pytest.raises(UserError, match=f"must be {PER_IMAGE} codes from 0 to {CODEBOOK - 1}"):
             write_document(model, TOKENIZER, [wrong], codes=SPACE, writing=Writing(1), max_images=0, context=96)
+
+
+def test_a_caption_is_the_most_likely_text_of_a_forward_over_the_whole_document():
+    config = config_of()
+    model, images = lively_model(config), [np.arange(PER_IMAGE), np.arange(PER_IMAGE)[::-1] + 7]
+    texts = caption_codes(model, TOKENIZER, images, codes=SPACE, writing=Writing(5), context=64)
+    allowed = torch.zeros(FIRST + CODEBOOK, dtype=torch.bool)
+    allowed[:256] = allowed[[257, BOI]] = True  # bytes, EOS, and another image, which end the caption
+    for image, text in zip(images, texts, strict=True):
+        found: list[int] = []
+        while len(found) < 5:
+            batch = batch_of([document([BOS, BOI], ("codes", *(FIRST + image)), [EOI, *found])], config)
+            last = int(torch.where(batch.doc_ids == 0, batch.order_ids, -1).argmax())
+            token = int(model.text_logits(batch)[last].masked_fill(~allowed, -torch.inf).argmax())
+            if token > 255:
+                break
+            found.append(token)
+        assert text == TOKENIZER.decode(found).strip()
+    assert texts[0] != texts[1], "what is told depends on the picture"
+    with pytest.raises(UserError, match="a picture and max_new_tokens of caption: needs 14 tokens"):
+        caption_codes(model, TOKENIZER, images, codes=SPACE, writing=Writing(5), context=13)
+    with pytest.raises(UserError, match=f"must be {PER_IMAGE} codes"):
+        caption_codes(model, TOKENIZER, [np.arange(4)], codes=SPACE, writing=Writing(5))
+
+
+def test_a_caption_ends_where_the_model_begins_another_image():
+    def two_letters(logits, read):
+        bent = torch.zeros_like(logits)
+        bent[..., BOI if len(read) > len((BOS, BOI, EOI)) + PER_IMAGE + 1 else 65] = 1
+        return bent
+
+    reader = Reader(lively_model(config_of()), two_letters)
+    assert caption_codes(reader, TOKENIZER, [np.arange(PER_IMAGE)], codes=SPACE, writing=Writing(5)) == ["AA"]
+
+
+@pytest.mark.parametrize(
+    ("array", "sentence"),
+    [
+        (np.full((2, 3), CODEBOOK), f"codes from {CODEBOOK} to {CODEBOOK}, data.image.codebook_size={CODEBOOK} allows 0 to {CODEBOOK - 1}"),
+        (np.full((2, 3), -1), "codes from -1 to -1"),
+        (np.zeros((2, 3), np.float32), "is float32 \\[2, 3\\], expected whole numbers \\[height, width\\]"),
+        (np.zeros(6, np.int64), "is int64 \\[6\\], expected whole numbers"),
+        (None, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_files_that_are_no_codes_of_the_model_are_refused(array, sentence, tmp_path):
+    path = tmp_path / "x.vq.npy"
+    if array is not None:
+        np.save(path, array)
+    with pytest.raises(UserError, match=f"x.vq.npy: .*{sentence}"):
+        load_codes(str(path), config_of().data.image)
+    np.save(path, np.arange(6, dtype=np.uint16).reshape(2, 3))
+    assert load_codes(str(path), config_of().data.image).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_model_of_codes_asked_for_a_picture_says_why_not():
