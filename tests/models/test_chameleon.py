@@ -33,7 +33,7 @@ TOKENS = [[256, 72, 101, BOI, *CODES[:6], EOI, 9, 257], [256, BOI, *CODES[4:], E
 
 
 def chameleon_config(**overrides):
-    codes = {"data.image": {"representation": "codes", "codebook_size": CODEBOOK}, "model.vocab_size": VOCAB}
+    codes = {"data.image": {"representation": "codes", "codebook_size": CODEBOOK, "size": 8, "patch_size": 4}, "model.vocab_size": VOCAB}
     return tiny_config({"model.recipe": "chameleon", **codes, **overrides})
 
 
