@@ -28,8 +28,9 @@ class Made:
 
     def __str__(self) -> str:
         ranks = " or ".join(str(number) for number in sorted(set(self.processes.values())))
+        word = "process" if ranks == "1" else "processes"
         seeds = f"seed {self.seed}" + ("" if self.world is None else f", a world of seed {self.world['seed']}")
-        return f"Made with {seeds}, {ranks} process(es) a training, " + (
+        return f"Made with {seeds}, {ranks} {word} a training, " + (
             f"and these overrides: {', '.join(f'`{override}`' for override in self.overrides)}." if self.overrides else "and no overrides."
         )
 
@@ -96,13 +97,13 @@ def draw_curves(path: Path, study: Study, finished: Mapping[str, Finished]) -> N
     figure = Figure(figsize=(6 * len(keys), 4.5 * (1 + (baseline is not None))), layout="constrained")
     axes = figure.subplots(1 + (baseline is not None), len(keys), squeeze=False)
     for place, key in enumerate(keys):
-        for name, run in finished.items():
+        for number, (name, run) in enumerate(finished.items()):
             losses = smooth(run.curve(key))
-            axes[0][place].plot(range(1, len(losses) + 1), losses, label=name)
+            axes[0][place].plot(range(1, len(losses) + 1), losses, f"C{number}", label=name)
             if baseline is not None and run is not baseline:
                 match = match_steps(baseline.curve(key), run.curve(key))
                 slope = "never reached" if match.slope is None else f"slope {match.slope:.3f}"
-                axes[1][place].plot(match.steps, match.matched, label=f"{name}: {slope}")
+                axes[1][place].plot(match.steps, match.matched, f"C{number}", label=f"{name}: {slope}")
         axes[0][place].set(title=f"{key}, smoothed", xlabel="step", yscale="log")
         if baseline is not None:
             axes[1][place].set(title=f"{key}: steps for the same loss", xlabel=f"step of {study.baseline}", ylabel="step")

@@ -150,9 +150,9 @@ def test_expectations_say_when_they_cannot_tell():
 def test_the_table_stands_beside_the_published_figures():
     values = {"frozen": dict.fromkeys(STUDY.columns, 1.25), "learning": dict.fromkeys(STUDY.columns)}
     text = markdown(STUDY, TINIEST, Made((), 0, {"frozen": 1, "learning": 1}, {"seed": 5}), values, [("frozen text stays", False)], 3)
-    assert "Made with seed 0, a world of seed 5, 1 process(es) a training, and no overrides." in text
+    assert "Made with seed 0, a world of seed 5, 1 process a training, and no overrides." in text
     made = str(Made(("train.steps=50", "model.dim=32"), 3, {"frozen": 2, "learning": 1}, None))
-    assert made == "Made with seed 3, 1 or 2 process(es) a training, and these overrides: `train.steps=50`, `model.dim=32`."
+    assert made == "Made with seed 3, 1 or 2 processes a training, and these overrides: `train.steps=50`, `model.dim=32`."
     assert "| frozen | 1.250 | 1.250 | 1.250 | 1.250 | 1.250 | 12.5 |" in text
     assert "| learning | - | - | - | - | - |  |" in text
     assert "| frozen text stays | not seen |" in text
@@ -180,7 +180,7 @@ def test_a_study_is_carried_out_and_goes_on_where_it_stopped(tmp_path):
     assert (folder / "curves.png").stat().st_size > 10_000
     assert report["made"]["overrides"] == () and report["made"]["seed"] == report["made"]["world"]["seed"] == 0
     assert report["made"]["processes"] == {"frozen": 1, "learning": 1}
-    assert "1 process(es) a training, and no overrides." in (folder / "table.md").read_text()
+    assert "1 process a training, and no overrides." in (folder / "table.md").read_text()
     said.clear()
     assert work.run()["values"] == values
     assert said == ["measuring"], "what is done is not done again"
