@@ -142,17 +142,22 @@ def _speech(config: Config) -> Iterator[Problem]:
 
 
 def _codes(config: Config) -> Iterator[Problem]:
-    if config.data.image.representation != "codes":
+    image = config.data.image
+    if image.representation != "codes":
         if config.model.recipe == "chameleon":
             yield Problem("data.image.representation", f"is {config.data.image.representation}, but the chameleon recipe learns codes; set it to codes")
         return
     key = "data.image.representation"
     if config.model.recipe not in ("dense", "mot", "chameleon"):
         yield Problem(key, f"codes are tokens, which the dense, mot and chameleon recipes learn; {config.model.recipe} needs pixels or latents")
-    if config.data.image.codebook_size is None:
+    if "image" not in config.data.modalities:
+        return
+    if image.codebook_size is None:
         yield Problem("data.image.codebook_size", "is not set; with codes it is one more than the largest of them")
-    length, painted = config.data.sequence_length, (config.data.image.size // config.data.image.patch_size) ** 2
-    if "image" in config.data.modalities and length < painted + MARKER_TOKENS:
+    if image.size % image.patch_size:
+        yield Problem("data.image.size", f"{image.size} is no multiple of data.image.patch_size={image.patch_size}, the side of what one code stands for")
+    length, painted = config.data.sequence_length, (image.size // image.patch_size) ** 2
+    if length < painted + MARKER_TOKENS:
         yield Problem(
             "data.sequence_length", f"{length} does not hold one picture of {painted} codes (data.image.size and patch_size) and its {MARKER_TOKENS} "
             "marker tokens; raise it, or correct the two"

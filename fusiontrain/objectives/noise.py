@@ -25,7 +25,7 @@ def keyed_normal(noise_keys: torch.Tensor, image_ids: torch.Tensor, num_channels
     channels = torch.arange(num_channels, device=image_ids.device)
     counters = places[:, None] * num_channels + channels  # [N, C]
     streams = mix_bits(noise_keys)[image_ids]  # mixed first, so that neighbouring keys do not give shifted copies of one stream
-    return _normal(mix_bits(streams[:, None] + counters * _signed(GOLDEN_GAMMA)))
+    return _normal(mix_bits(streams[:, None] + counters * wrapped(GOLDEN_GAMMA)))
 
 
 def _places_in_image(image_ids: torch.Tensor, num_images: int) -> torch.Tensor:
@@ -48,9 +48,9 @@ def _normal(bits: torch.Tensor) -> torch.Tensor:
 
 def mix_bits(bits: torch.Tensor) -> torch.Tensor:
     """splitmix64's finalizer on int64, whose products wrap as those of uint64 do."""
-    bits = bits + _signed(GOLDEN_GAMMA)
-    bits = (bits ^ _shift_right(bits, SHIFTS[0])) * _signed(MULTIPLIERS[0])
-    bits = (bits ^ _shift_right(bits, SHIFTS[1])) * _signed(MULTIPLIERS[1])
+    bits = bits + wrapped(GOLDEN_GAMMA)
+    bits = (bits ^ _shift_right(bits, SHIFTS[0])) * wrapped(MULTIPLIERS[0])
+    bits = (bits ^ _shift_right(bits, SHIFTS[1])) * wrapped(MULTIPLIERS[1])
     return bits ^ _shift_right(bits, SHIFTS[2])
 
 
@@ -59,5 +59,6 @@ def _shift_right(bits: torch.Tensor, count: int) -> torch.Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+def wrapped(value: int) -> int:
+    """The int64 with the lowest 64 bits of a value, as int64 products wrap."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)

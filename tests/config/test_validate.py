@@ -23,6 +23,7 @@ optimizer: {warmup_steps: 1}
 sample: {prompts: [a circle]}
 """
 DENSE, CODES = "model.recipe=dense", "data.image={representation: codes, codebook_size: 9}"
+SPEECH = ("data.speech.num_units=9", "data.tokenizer.begin_speech_token=a", "data.tokenizer.end_speech_token=b")
 BASE = "model={recipe: lmfusion, base: llama}"
 
 
@@ -76,6 +77,7 @@ def path(tmp_path: Path) -> Path:
         (["model.merged=[text, image]"], "model.merged", "only the mot recipe has a use for; set it to []"),
         (["model.recipe=mot", "model.untied=[ffn, ffn]"], "model.untied", "name each part once"),
         ([DENSE, CODES, "data.image.codebook_size=9", "data.sequence_length=19"], "data.sequence_length", "16384 codes (data.image.size and patch_size)"),
+        ([DENSE, CODES, "data.image.size=16", "data.image.patch_size=5"], "data.image.size", "no multiple of data.image.patch_size=5"),
         ([DENSE, "data.modalities=[text]", "objective.text_weight=0"], "objective", "text_weight is 0, so there is nothing to learn"),
         ([DENSE, CODES, "data.image.codebook_size=9", "objective.text_weight=0", "objective.image_weight=0"], "objective", "are all 0"),
         (["objective.time_shift=3"], "objective.time_shift", "only flow_matching has times to shift"),
@@ -111,8 +113,9 @@ def test_one_wrong_thing(path: Path, overrides: list[str], key: str, word: str) 
         [BASE, "model.freeze_text=false", "optimizer.text_learning_rate_ratio=0.1"],
         ["objective.prediction=v"],
         ["model.num_heads=5", "model.head_dim=8"],
+        ["model.recipe=mot", "data.modalities=[text, speech]", "data.image={representation: codes}", *SPEECH, "sample.prompts=[]"],
         ["model.recipe=dense", "data.modalities=[text]", "data.image.size=17", "sample.prompts=[]"],
-        [DENSE, CODES, "data.image.size=17", "data.image.patch_size=4", "objective.image_weight=0", "sample.steps=2000", "sample.prompts=[]"],
+        [DENSE, CODES, "data.image.size=16", "data.image.patch_size=4", "objective.image_weight=0", "sample.steps=2000", "sample.prompts=[]"],
     ],
 )
 def test_right_things_are_let_through(path: Path, overrides: list[str]) -> None:

@@ -157,6 +157,25 @@ def test_what_is_dropped_of_a_token_does_not_depend_on_what_lies_beside_its_sequ
     assert not torch.allclose(in_reading_order(hidden[0], alone, 0), in_reading_order(plain, alone, 0), atol=1e-2)
 
 
+@pytest.mark.parametrize("place", [0, 3, 4, 6, 7, 63, 191])
+def test_dropout_of_deep_models_follows_the_formula(place):
+    """splitmix64 in whole numbers of any size, as deep as 96 blocks."""
+    key, wanted = 12345, []
+    stream = splitmix(splitmix(key) + place * 0x2545F4914F6CDD1D)
+    for word in range(2):
+        bits = splitmix(stream + word * 0x632BE59BD9B4E019)
+        draws = [((bits >> 16 * part) & 0xFFFF) ^ 0x8000 for part in range(4)]  # from -2^15 on
+        wanted += [draw >= round(0.25 * 2**16) for draw in draws]
+    assert (keyed_dropout(torch.ones(1, 8), torch.tensor([key]), place, 0.25)[0] != 0).tolist() == wanted
+
+
+def splitmix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+    return value ^ (value >> 31)
+
+
 def test_dropout_is_for_training_alone_and_another_key_drops_others():
     config = chameleon_config(**{"model.dropout": 0.3})
     model, batch = build_model(config), batch_of(documents(), config)

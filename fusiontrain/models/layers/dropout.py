@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusiontrain.objectives.noise import mix_bits
+from fusiontrain.objectives.noise import mix_bits, wrapped
 
 LEVELS = 1 << 16
 """A share is rounded to whole steps of 2^-16, so that 64 random bits serve four features."""
@@ -18,7 +18,7 @@ def keyed_dropout(x: torch.Tensor, row_keys: torch.Tensor, place: int, share: fl
     What is dropped of a row depends on (its key, place, feature) alone. row_keys [T] int64; place: tells the dropouts of a model apart.
     """
     threshold = round(share * LEVELS)
-    streams = mix_bits(mix_bits(row_keys) + place * PLACE_STRIDE)  # [T]
+    streams = mix_bits(mix_bits(row_keys) + wrapped(place * PLACE_STRIDE))  # [T]
     features = torch.arange((x.shape[1] + 3) // 4, device=x.device)
     draws = mix_bits(streams[:, None] + features * FEATURE_STRIDE).view(torch.int16)[:, : x.shape[1]]  # [T, D], -2^15 to 2^15 - 1
     kept = draws >= threshold - LEVELS // 2

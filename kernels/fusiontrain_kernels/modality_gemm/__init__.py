@@ -64,7 +64,8 @@ def modality_swiglu(x: torch.Tensor, gates: Weights, ups: Weights, bounds: Bound
     check_weights("modality_swiglu", "ups", ups, shape, x)
     if name == "triton":
         return _triton_swiglu(x, gates, ups, bounds, offsets)
-    gate, up = (modality_gemm(x, weights, bounds, offsets=offsets, impl=name) for weights in (gates, ups))
+    gate = modality_gemm(x, gates, bounds, offsets=offsets, impl=name)
+    up = modality_gemm(x, ups, bounds, offsets=offsets, impl=name)
     return swiglu(gate, up, impl="reference" if name == "reference" else "auto")
 
 
