@@ -145,7 +145,7 @@ def _codes(config: Config) -> Iterator[Problem]:
     image = config.data.image
     if image.representation != "codes":
         if config.model.recipe == "chameleon":
-            yield Problem("data.image.representation", f"is {config.data.image.representation}, but the chameleon recipe learns codes; set it to codes")
+            yield Problem("data.image.representation", f"is {image.representation}, but the chameleon recipe learns codes; set it to codes")
         return
     key = "data.image.representation"
     if config.model.recipe not in ("dense", "mot", "chameleon"):

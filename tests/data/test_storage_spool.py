@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -169,8 +170,9 @@ def test_what_a_killed_process_left_makes_room(shards):
 # ---------------------------------------------------------------- what fails, and how it says so
 
 
-def refused(shards, path, message, **values):
-    with pytest.raises(UserError, match=message) as error:
+def refused(shards, path, **values):
+    """The sentence."""
+    with pytest.raises(UserError) as error:
         open_shard(expand_shards(path, settings(shards, **values))[0])
     assert "\n" not in str(error.value)
     assert not spooled_files(shards), "nothing half done stays"
@@ -190,17 +192,16 @@ def refused(shards, path, message, **values):
     ],
 )
 def test_a_command_that_fails_is_one_sentence(shards, command, message):
-    refused(shards, f"pipe:{command.replace('SHARD', str(shards / 'shard-000.tar'))}", message)
+    assert re.search(message, refused(shards, f"pipe:{command.replace('SHARD', str(shards / 'shard-000.tar'))}"))
 
 
 def test_a_command_that_falls_silent_is_killed_with_its_children(shards):
     note = shards.parent / "pid"
-    refused(shards, f"pipe:sleep 300 & echo $! > {note}; wait", r"wrote nothing for 0\.3 seconds", timeout_seconds=0.3)
-    for _ in range(200):
-        if not is_running(int(note.read_text())):
-            return
+    assert "wrote nothing for 0.3 seconds" in refused(shards, f"pipe:sleep 300 & echo $! > {note}; wait", timeout_seconds=0.3)
+    deadline = time.monotonic() + 10
+    while is_running(int(note.read_text())):
+        assert time.monotonic() < deadline, "the command's child still runs"
         time.sleep(0.05)
-    raise AssertionError("the command's child still runs")
 
 
 def is_running(pid):
@@ -213,16 +214,16 @@ def is_running(pid):
 
 def test_secrets_of_a_command_are_not_shown(shards):
     command = "pipe:curl -sSf -H 'Authorization: Bearer hunter2' http://user:hunter3@127.0.0.1:1/x.tar?sig=hunter4"
-    said = refused(shards, command, r"pipe:curl http://127\.0\.0\.1:1/x\.tar \[\w{8}\]: the command ended with status")
-    assert "hunter" not in said
-    said = refused(shards, "pipe:echo 'cannot get http://user:hunter5@there/x.tar?sig=hunter6 today' >&2; exit 4", "cannot get http://there/x.tar.* today")
-    assert "hunter" not in said
+    said = refused(shards, command)
+    assert re.search(r"pipe:curl http://127\.0\.0\.1:1/x\.tar \[\w{8}\]: the command ended with status", said) and "hunter" not in said
+    said = refused(shards, "pipe:echo 'cannot get http://user:hunter5@there/x.tar?sig=hunter6 today' >&2; exit 4")
+    assert re.search(r"cannot get http://there/x\.tar.* today", said) and "hunter" not in said
 
 
 def test_a_cache_too_small_for_one_shard_is_one_sentence(shards):
     said = r"shard-000\.tar \[\w{8}\]: does not fit into the 4096 bytes of .*raise data\.storage\.cache_bytes"
-    refused(shards, f"pipe:cat {shards}/shard-000.tar", said, cache_bytes=4096)
-    refused(shards, str(compressed(shards) / "shard-000.tar.gz"), "does not fit into the 4096 bytes", cache_bytes=4096)
+    assert re.search(said, refused(shards, f"pipe:cat {shards}/shard-000.tar", cache_bytes=4096))
+    assert "does not fit into the 4096 bytes" in refused(shards, str(compressed(shards) / "shard-000.tar.gz"), cache_bytes=4096)
 
 
 def test_a_cache_that_others_are_filling_says_so(tmp_path):
@@ -236,7 +237,7 @@ def test_a_cache_that_others_are_filling_says_so(tmp_path):
 def test_a_damaged_compressed_shard_is_one_sentence(shards, damage):
     path = compressed(shards) / "shard-000.tar.gz"
     path.write_bytes(damage(path.read_bytes()))
-    refused(shards, str(path), r"shard-000\.tar\.gz: cannot be decompressed \(.+\); fetch or write the shard anew")
+    assert re.search(r"shard-000\.tar\.gz: cannot be decompressed \(.+\); fetch or write the shard anew", refused(shards, str(path)))
 
 
 def test_a_command_that_gives_another_size_later_ends_the_run(shards):
